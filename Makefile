@@ -1,0 +1,38 @@
+# Everything a contributor or a CI machine runs. `make help` prints the list.
+PYTHON ?= python3
+BIN    := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format bench clean
+
+help:  ## print this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: .venv/installed  ## create .venv and install lorica with its development tools
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,peers]"
+	touch $@
+
+demo: install  ## train on the embedded model and tasks, print a table, leave an output folder
+	$(BIN)/lorica demo
+
+test: install  ## every test that needs neither a network nor a GPU
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not shared"
+
+check: install  ## lint, format and types
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/mypy
+
+format: install  ## rewrite the code in the house's format
+	$(BIN)/ruff check --fix src tests benchmarks examples
+	$(BIN)/ruff format src tests benchmarks examples
+
+bench: install  ## compare with peers side by side; needs LORICA_SHARED=folder with models/ and data/
+	$(BIN)/python benchmarks/step_time.py
+
+clean:  ## remove what was made here
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out

@@ -1,0 +1,112 @@
+"""The update of one matrix, ΔW = scale · B·A, and its exact algebra on the factors (MATH section 1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorica.errors import ShapeError
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """ΔW = scale · B·A with A (r, in) and B (out, r), as a value: every operation returns a new one.
+
+    Sums are exact and keep the factors apart (rank r1 + r2); nothing here forms the (out, in) matrix but `dense`.
+    Raises ShapeError if the factors do not fit.
+    """
+
+    A: Tensor  # (r, in)
+    B: Tensor  # (out, r)
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.A.dim() != 2 or self.B.dim() != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise ShapeError(
+                f"factors do not fit: A {tuple(self.A.shape)} must be (r, in) and B {tuple(self.B.shape)} (out, r)"
+            )
+
+    @property
+    def rank(self) -> int:
+        """The nominal rank r; the true one may be smaller."""
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), the shape of the matrix that this updates."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def __add__(self, other: LowRank) -> LowRank:
+        """[s1·B1  s2·B2]·[A1; A2], exact up to the rounding of s·B, at scale 1. A common scale is kept unrounded."""
+        self._must_fit(other)
+        A = torch.cat([self.A, other.A])  # (r1 + r2, in)
+        if self.scale == other.scale:
+            return LowRank(A, torch.cat([self.B, other.B], dim=1), self.scale)
+        return LowRank(A, torch.cat([self.scaled_B(), other.scaled_B()], dim=1))
+
+    def __mul__(self, factor: float) -> LowRank:
+        return LowRank(self.A, self.B, self.scale * factor)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> LowRank:
+        return self * -1.0
+
+    def __sub__(self, other: LowRank) -> LowRank:
+        return self + LowRank(other.A, -other.B, other.scale)
+
+    def inner(self, other: LowRank) -> float:
+        """<Δ1, Δ2> = s1·s2·tr((A2·A1ᵀ)(B1ᵀ·B2)), accumulated in float64; the work is r1·r2·(in + out)."""
+        self._must_fit(other)
+        gram_A = self.A.double() @ other.A.double().T  # (r1, r2)
+        gram_B = self.B.double().T @ other.B.double()  # (r1, r2)
+        return self.scale * other.scale * float((gram_A * gram_B).sum())
+
+    def norm(self) -> float:
+        """The Frobenius norm ‖ΔW‖, from the singular values, so that a difference of equal updates comes out as zero."""
+        return float(torch.linalg.vector_norm(self.singular_values()))
+
+    def singular_values(self) -> Tensor:
+        """(min(r, in, out),) float64, falling: QR of both factors, then the SVD of the r × r core between them."""
+        return torch.linalg.svdvals(self._core()[1])
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U (out, k), σ (k,) falling, V (in, k), all float64, with ΔW = U·diag(σ)·Vᵀ and k = min(r, in, out)."""
+        Q_B, core, Q_A = self._core()
+        U, sigma, Vh = torch.linalg.svd(core, full_matrices=False)
+        return Q_B @ U, sigma, Q_A @ Vh.T
+
+    def dense(self) -> Tensor:
+        """ΔW itself, (out, in), in the factors' dtype. The only place that forms it."""
+        return self.scaled_B() @ self.A
+
+    def scaled_B(self) -> Tensor:
+        """scale · B, (out, r)."""
+        return self.B if self.scale == 1.0 else self.B * self.scale
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LowRank:
+        """The same update with its factors in another dtype or on another device."""
+        return LowRank(self.A.to(device, dtype), self.B.to(device, dtype), self.scale)
+
+    def is_finite(self) -> bool:
+        """Whether no entry of the factors nor the scale is NaN or infinite."""
+        finite = torch.isfinite(self.A).all() and torch.isfinite(self.B).all()
+        return bool(finite) and math.isfinite(self.scale)
+
+    def _core(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Q_B (out, m), core (m, n), Q_A (in, n) with ΔW = Q_B·core·Q_Aᵀ and orthonormal Q; m, n ≤ r."""
+        Q_B, R_B = torch.linalg.qr(self.B.double())
+        Q_A, R_A = torch.linalg.qr(self.A.double().T)
+        return Q_B, self.scale * (R_B @ R_A.T), Q_A
+
+    def _must_fit(self, other: LowRank) -> None:
+        if self.shape != other.shape:
+            raise ShapeError(f"updates of different matrices: {self.shape} and {other.shape}")
+
+
+def zero(shape: tuple[int, int], rank: int = 0, dtype: torch.dtype = torch.float32) -> LowRank:
+    """The update that changes nothing, for a matrix of `shape` (out, in)."""
+    return LowRank(torch.zeros(rank, shape[1], dtype=dtype), torch.zeros(shape[0], rank, dtype=dtype))

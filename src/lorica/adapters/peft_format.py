@@ -1,0 +1,350 @@
+"""Adapter folders in PEFT's format, read and written without importing peft.
+
+A folder from elsewhere is untrusted: only JSON and safetensors are read, every key must be a factor or a declared head,
+shapes are checked in the file's header before anything is allocated, and no pattern of the file is run as a regex.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lorica import files
+from lorica.adapters.adapter import Adapter, Head
+from lorica.adapters.delta import LowRank, zero
+from lorica.errors import AdapterFormatError, DataError, MissingPathError, ShapeError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_LIMIT_BYTES = 1 << 20
+HEADER_LIMIT_BYTES = 25 << 20
+PREFIX = "base_model.model."
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+Profile = Literal["peft", "portable"]
+Layout = Mapping[str, tuple[int, int]]  # path of every linear module of the base -> (out, in)
+
+# What changes the meaning of the factors, and so cannot be left out of account: key of the config -> why it is refused.
+REFUSED = {
+    "use_dora": "DoRA adapters scale the merged weight and are not sums of low-rank updates",
+    "lora_bias": "biases beside the factors are not low-rank updates",
+    "layer_replication": "layer_replication changes the base model's depth",
+    "target_parameters": "adapters on bare parameters (experts) are not read yet",
+    "trainable_token_indices": "retrained token embeddings are not low-rank updates",
+    "alora_invocation_tokens": "aLoRA is switched on by a token and is not one update",
+    "use_qalora": "QA-LoRA pools its inputs and is not an update of the weight",
+    "megatron_config": "megatron layouts are not read",
+}
+REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def read(folder: Path) -> Adapter:
+    """The adapter in a PEFT folder, its scale from lora_alpha, rank_pattern, alpha_pattern and use_rslora.
+
+    Raises MissingPathError if a file is not there, AdapterFormatError for anything that cannot be read faithfully:
+    the message names the file, the key and the reason.
+    """
+    config = _read_config(folder / CONFIG_FILE)
+    path = folder / WEIGHTS_FILE
+    if not path.exists() and any(folder.glob("adapter_model.bin")):
+        raise AdapterFormatError(
+            f"{folder} holds a pickle, adapter_model.bin: convert it to safetensors first"
+        )
+    shapes = read_header(path)
+    declared = _declared_heads(config)
+    modules, heads = _sorted_keys(shapes, declared, path)
+    scales = {module: _scale(config, module, shapes[keys["A"]][0]) for module, keys in modules.items()}
+    tensors = _load(path)
+    updates = {
+        module: LowRank(tensors[keys["A"]], tensors[keys["B"]], scales[module])
+        for module, keys in modules.items()
+    }
+    found: dict[str, Head] = {
+        module: {part: tensors[key] for part, key in parts.items()} for module, parts in heads.items()
+    }
+    adapter = Adapter(updates, found, config.get("base_model_name_or_path"))
+    if not adapter.is_finite():
+        raise AdapterFormatError(f"{path} holds NaN or infinity")
+    return adapter
+
+
+def write(
+    adapter: Adapter,
+    folder: Path,
+    *,
+    profile: Profile = "peft",
+    layout: Layout | None = None,
+    task_type: str | None = None,
+    dropout: float = 0.0,
+    fan_in_fan_out: bool = False,
+) -> None:
+    """Write the adapter as a PEFT folder, replacing `folder` in one rename.
+
+    `peft` keeps every module's own rank and alpha (rank_pattern, alpha_pattern). `portable` is what the inference
+    servers' loaders read: one rank, lora_alpha = rank, scale folded into B, suffix targets, and every layer of a target
+    type present, zero-filled; it needs `layout` and cannot carry heads (ShapeError).
+    """
+    if profile == "portable":
+        adapter = _portable(adapter, layout or {})
+    config = _config(adapter, layout, task_type, dropout, fan_in_fan_out)
+    tensors = {}
+    for path, update in adapter.updates.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = update.A.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = update.B.detach().cpu().contiguous()
+    for path, head in adapter.heads.items():
+        tensors |= {
+            f"{PREFIX}{path}.{part}": tensor.detach().cpu().contiguous() for part, tensor in head.items()
+        }
+    with files.staged_folder(folder) as staging:
+        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        (staging / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a safetensors file, from its header alone, which is checked against the file's size."""
+    try:
+        with files.open_regular(path) as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size_bytes - 8, HEADER_LIMIT_BYTES):
+                raise AdapterFormatError(
+                    f"{path} is truncated or no safetensors file: header of {length} bytes"
+                )
+            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+    except DataError as error:
+        raise AdapterFormatError(str(error)) from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, AdapterFormatError):
+            raise
+        raise AdapterFormatError(f"{path} is corrupt: its header is not JSON ({error})") from None
+    header.pop("__metadata__", None)
+    return {key: _checked_shape(path, key, entry, size_bytes - 8 - length) for key, entry in header.items()}
+
+
+def _checked_shape(path: Path, key: str, entry: Any, data_bytes: int) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in entry["shape"])
+        start, end = entry["data_offsets"]
+        dtype = entry["dtype"]
+    except (TypeError, KeyError, ValueError):
+        raise AdapterFormatError(
+            f"{path} is corrupt: the header's entry for {key!r} is not a tensor"
+        ) from None
+    if dtype not in ITEM_BYTES:
+        raise AdapterFormatError(
+            f"{path}: {key!r} has dtype {dtype}, a factor is one of {', '.join(ITEM_BYTES)}"
+        )
+    fits = 0 <= start <= end <= data_bytes and all(size >= 0 for size in shape)
+    if not fits or math.prod(shape) * ITEM_BYTES[dtype] != end - start:
+        raise AdapterFormatError(f"{path} is truncated or corrupt: {key!r} does not fit into the file")
+    return shape
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise AdapterFormatError(f"the key {twice[0]!r} is given twice")
+    return dict(pairs)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.parent.is_dir():
+        raise MissingPathError(f"no adapter folder {str(path.parent)!r}")
+    try:
+        with files.open_regular(path, CONFIG_LIMIT_BYTES) as file:
+            config = json.loads(file.read(), object_pairs_hook=_without_duplicates)
+    except DataError as error:
+        raise AdapterFormatError(str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError(f"{path} is not JSON that can be read: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise AdapterFormatError(f"{path}: peft_type is {found!r}, only LORA adapters are read")
+    _refuse_what_is_no_update(path, config)
+    return config
+
+
+def _refuse_what_is_no_update(path: Path, config: Mapping[str, Any]) -> None:
+    for key, reason in REFUSED.items():
+        if config.get(key):
+            raise AdapterFormatError(f"{path}: {key} is set: {reason}")
+    if config.get("bias", "none") != "none":
+        raise AdapterFormatError(f"{path}: bias={config['bias']!r}: {REFUSED['lora_bias']}")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.startswith(REWRITES_BASE):
+        raise AdapterFormatError(
+            f"{path}: init_lora_weights={init!r} has rewritten the base: convert it to plain LoRA"
+        )
+
+
+def _declared_heads(config: Mapping[str, Any]) -> list[str]:
+    declared = config.get("modules_to_save") or []
+    if not isinstance(declared, list) or not all(isinstance(name, str) and name for name in declared):
+        raise AdapterFormatError(f"modules_to_save={declared!r} must be a list of module names")
+    return declared
+
+
+def _sorted_keys(
+    keys: Mapping[str, tuple[int, ...]], declared: Sequence[str], path: Path
+) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
+    """Module -> its factors' keys, and head -> its parameters' keys. Any other key is an error."""
+    modules: dict[str, dict[str, str]] = {}
+    heads: dict[str, dict[str, str]] = {}
+    for key in keys:
+        name = key.removeprefix(PREFIX)
+        factor = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?(?:\.weight)?", name)
+        if factor:
+            modules.setdefault(factor[1], {})[factor[2]] = key
+            continue
+        if "lora_embedding_" in name:
+            raise AdapterFormatError(f"{path}: {key!r} adapts an embedding: only linear modules are read")
+        if "lora_magnitude_vector" in name:
+            raise AdapterFormatError(f"{path}: {key!r}: {REFUSED['use_dora']}")
+        head, part = _split_head(name, declared)
+        if not head or "base_layer" in name:
+            raise AdapterFormatError(
+                f"{path}: {key!r} is neither a factor nor a head named in modules_to_save"
+            )
+        heads.setdefault(head, {})[part] = key
+    for module, factors in modules.items():
+        _check_factors(
+            path, module, [keys[factors[letter]] if letter in factors else None for letter in "AB"]
+        )
+    return modules, heads
+
+
+def _split_head(name: str, declared: Sequence[str]) -> tuple[str, str]:
+    """("classifier", "dense.weight") for a parameter of a declared head; ("", "") for any other name."""
+    name = re.sub(r"\.modules_to_save(\.default)?", "", name)
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:end])
+        if any(module == head or module.endswith("." + head) for head in declared):
+            return module, ".".join(parts[end:])
+    return "", ""
+
+
+def _check_factors(path: Path, module: str, shapes: Sequence[tuple[int, ...] | None]) -> None:
+    A, B = shapes
+    if A is None or B is None:
+        raise AdapterFormatError(f"{path}: {module} has no lora_{'A' if A is None else 'B'}")
+    if len(A) == 4 or len(B) == 4:
+        raise AdapterFormatError(f"{path}: {module} is a convolution: only linear modules are read")
+    if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
+        raise AdapterFormatError(f"{path}: {module} has A {A} and B {B}: they must be (r, in) and (out, r)")
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    stated = _by_pattern(config, "rank_pattern", module, config.get("r"))
+    if stated != rank:
+        raise AdapterFormatError(f"{module} holds factors of rank {rank}, but the config says r={stated!r}")
+    alpha = _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha"))
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise AdapterFormatError(f"lora_alpha={alpha!r} for {module}: it must be a number")
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _by_pattern(config: Mapping[str, Any], name: str, module: str, default: Any) -> Any:
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterFormatError(f"{name}={patterns!r} must map module names to numbers")
+    for pattern, value in patterns.items():
+        literal = pattern.replace("\\.", ".").removesuffix("$")
+        anchored = literal.removeprefix("^")
+        if not re.fullmatch(r"[\w.-]+", anchored):
+            raise AdapterFormatError(
+                f"{name} has {pattern!r}: only plain module names are read, no regex is run"
+            )
+        if module == anchored or (anchored == literal and module.endswith("." + literal)):
+            return value
+    return default
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping: it has no iterator
+    except SafetensorError as error:
+        raise AdapterFormatError(f"{path} is corrupt: {error}") from None
+
+
+def _config(
+    adapter: Adapter, layout: Layout | None, task_type: str | None, dropout: float, fan_in_fan_out: bool
+) -> dict[str, Any]:
+    ranks = {path: update.rank for path, update in adapter.updates.items()}
+    alphas = {path: _alpha(update) for path, update in adapter.updates.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else 1.0
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": adapter.base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {path: each for path, each in ranks.items() if each != rank},
+        "alpha_pattern": {path: each for path, each in alphas.items() if each != alpha},
+        "lora_dropout": dropout,
+        "target_modules": _targets(list(adapter.updates), layout),
+        "modules_to_save": list(adapter.heads) or None,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+    }
+
+
+def _alpha(update: LowRank) -> float:
+    """lora_alpha for which alpha / rank is the update's scale, an integer where it is one."""
+    alpha = update.scale * update.rank
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _targets(paths: list[str], layout: Layout | None) -> list[str]:
+    """Suffixes, if they pick just these paths out of the base's modules; else the paths themselves."""
+    suffixes = sorted({path.rpartition(".")[2] for path in paths})
+    if layout is not None and set(_of_suffixes(suffixes, layout)) == set(paths):
+        return suffixes
+    return sorted(paths)
+
+
+def _of_suffixes(suffixes: Sequence[str], layout: Layout) -> list[str]:
+    return [path for path in layout if path.rpartition(".")[2] in suffixes]
+
+
+def _portable(adapter: Adapter, layout: Layout) -> Adapter:
+    if adapter.heads:
+        raise ShapeError(
+            f"profile=portable cannot carry the head {', '.join(adapter.heads)}: the loaders that it is for refuse heads; "
+            "use profile=peft"
+        )
+    unknown = [path for path in adapter.updates if path not in layout]
+    if unknown:
+        raise ShapeError(f"profile=portable needs the base's layout, and it has no {unknown[0]}")
+    suffixes = {path.rpartition(".")[2] for path in adapter.updates}
+    rank = max((update.rank for update in adapter.updates.values()), default=1)
+    updates = {
+        path: _padded(adapter.updates.get(path) or zero(layout[path]), rank)
+        for path in _of_suffixes(list(suffixes), layout)
+    }
+    return Adapter(updates, {}, adapter.base_model)
+
+
+def _padded(update: LowRank, rank: int) -> LowRank:
+    """The same update at `rank` and scale 1: scale folded into B, missing directions zero."""
+    missing = rank - update.rank
+    A = torch.cat([update.A, update.A.new_zeros(missing, update.shape[1])])  # (rank, in)
+    B = torch.cat([update.scaled_B(), update.B.new_zeros(update.shape[0], missing)], dim=1)  # (out, rank)
+    return LowRank(A, B)

@@ -1,0 +1,102 @@
+"""The model card that a run leaves beside its adapter: what it is, how well it does, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TEMPLATE = """---
+base_model: {base_model}
+library_name: peft
+tags: [lora, lorica]
+---
+
+# {title}
+
+A LoRA adapter of rank {rank} (alpha {alpha:g}) on {num_modules} modules ({modules}) of `{base_model}`, trained by
+{trainer} on the task `{task}`: {num_parameters:,} trainable parameters{heads}.
+
+## How well it does
+
+| metric | {split} | 95 % interval | n |
+|---|---|---|---|
+{metric_rows}
+
+## How it was trained
+
+{num_steps} steps of batch {batch_size}, {optimizer} at learning rate {learning_rate:g} ({schedule}), seed {seed}: {forwards:,} forward
+passes and {tokens:,} tokens in {seconds:.1f} s. The loss went from {first_loss:.4f} (mean of the first tenth of the steps) to
+{last_loss:.4f} (mean of the last). {examples}
+
+Everything that was set is in `config.yaml`, every step in `training_loss.jsonl`, versions and command in `origin.json`.
+
+## How to use it
+
+```sh
+lorica evaluate {folder}
+```
+
+```python
+from pathlib import Path
+from lorica import inject, load_adapter, load_base
+
+base = load_base("{base_model}", kind="{kind}"{num_labels})
+live = inject(base.model, load_adapter(Path("{folder}/adapter")))
+```
+
+The folder `adapter/` is an ordinary PEFT adapter; `peft.PeftModel.from_pretrained(model, "{folder}/adapter")` loads it too.
+"""
+
+
+def run_card(
+    *,
+    config: Mapping[str, Any],
+    task: str,
+    base_model: str,
+    kind: str,
+    num_labels: int,
+    modules: Sequence[str],
+    heads: Sequence[str],
+    num_parameters: int,
+    num_examples: Mapping[str, int],
+    evaluation: Mapping[str, Any],
+    losses: Sequence[float],
+    last_step: Mapping[str, Any],
+    folder: str,
+) -> str:
+    """The card of one training run, as Markdown; every figure comes from the run's own record."""
+    tenth = max(1, len(losses) // 10)
+    rows = [
+        f"| {name} | {score['value']:.4f} | {score['low']:.4f} to {score['high']:.4f} | {score['n']} |"
+        for name, score in evaluation["metrics"].items()
+    ]
+    names = sorted({path.rpartition(".")[2] for path in modules})
+    return TEMPLATE.format(
+        base_model=base_model,
+        title=f"{task} on {base_model.rstrip('/').rpartition('/')[2]}",
+        rank=config["adapter"]["rank"],
+        alpha=config["adapter"]["alpha"],
+        num_modules=len(modules),
+        modules=", ".join(names),
+        trainer=config["trainer"],
+        task=task,
+        num_parameters=num_parameters,
+        heads=f", the head {', '.join(heads)} included" if heads else "",
+        split=evaluation["split"],
+        metric_rows="\n".join(rows),
+        num_steps=last_step.get("step", 0),
+        batch_size=config["batch_size"] * config["gradient_accumulation_steps"],
+        optimizer=config["optimizer"],
+        learning_rate=config["learning_rate"],
+        schedule=config["schedule"],
+        seed=config["seed"],
+        forwards=last_step.get("forwards", 0),
+        tokens=last_step.get("tokens", 0),
+        seconds=last_step.get("seconds", 0.0),
+        first_loss=sum(losses[:tenth]) / tenth if losses else float("nan"),
+        last_loss=sum(losses[-tenth:]) / tenth if losses else float("nan"),
+        examples="Examples: " + ", ".join(f"{count} {split}" for split, count in num_examples.items()) + ".",
+        folder=folder,
+        kind=kind,
+        num_labels=f", num_labels={num_labels}" if kind == "classification" else "",
+    )

@@ -1,0 +1,115 @@
+"""The command line. Every verb reads its words into a config and calls one function of `runs`.
+
+Nothing heavy is imported until a verb needs it, so that help and lists answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lorica import __version__
+from lorica.errors import LoricaError
+
+app = typer.Typer(
+    name="lorica",
+    help="Train, evaluate and inspect LoRA adapters.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+WORDS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+OUT = Console()
+ERR = Console(stderr=True)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2, never a traceback."""
+    warnings.simplefilter("default")
+    try:
+        app()
+    except LoricaError as error:
+        ERR.print(
+            f"[bold red]error:[/] {_escaped(' '.join(str(error).split()))}", highlight=False, soft_wrap=True
+        )
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        ERR.print("interrupted")
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _lorica(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        OUT.print(__version__, highlight=False)
+
+
+@app.command(context_settings=WORDS)
+def train(context: typer.Context) -> None:
+    """Train an adapter: lorica train FILE.yaml key=value --flag VALUE, each as often as needed, or none.
+
+    Examples: lorica train model=demo task.path=demo_out/data/sentiment · lorica train run.yaml learning_rate=1e-4
+    adapter.rank=8 · lorica train --model_name facebook/opt-350m --task_name SST2 --lora --lora_r 8 --trainer zo
+    """
+    from lorica import config, runs, tables
+
+    trained = runs.train(config.read(config.TrainConfig, context.args), ERR)
+    OUT.print(tables.evaluations([(trained.run.path.name, trained.evaluation)]))
+    OUT.print(str(trained.run.path), highlight=False, soft_wrap=True)
+
+
+@app.command(context_settings=WORDS)
+def evaluate(context: typer.Context) -> None:
+    """Evaluate runs or adapters: lorica evaluate RUN ADAPTER key=value; without any, model=M task=T is the base alone."""
+    from lorica import config, runs, tables
+
+    targets = [word for word in _leading(context.args)]
+    given = config.read(config.EvaluateConfig, context.args[len(targets) :])
+    found = [(target or "base", runs.evaluate_target(target, given)) for target in (targets or [None])]
+    OUT.print(tables.evaluations(found))
+
+
+@app.command(context_settings=WORDS)
+def plan(context: typer.Context) -> None:
+    """Say what a training run would need, without loading weights: lorica plan model=M adapter.rank=8 batch_size=16 length=128."""
+    from lorica import config, runs, tables
+
+    OUT.print(tables.plan(runs.plan(config.read(config.PlanConfig, context.args))))
+
+
+@app.command(name="list")
+def list_(what: Annotated[str, typer.Argument(help="tasks, flags or keys")] = "tasks") -> None:
+    """List what lorica knows by name: tasks, flags of older tools, or config keys."""
+    from lorica import tables
+
+    OUT.print(tables.listing(what))
+
+
+@app.command(context_settings=WORDS)
+def demo(context: typer.Context) -> None:
+    """Train on the embedded model and tasks, compare, and leave an output folder: lorica demo output_dir=DIR."""
+    from lorica.demo import command
+
+    command.run(context.args, OUT, ERR)
+
+
+def _leading(words: list[str]) -> list[str]:
+    """The words before the first key=value, flag or YAML file."""
+    for index, word in enumerate(words):
+        if "=" in word or word.startswith("--") or word.endswith((".yaml", ".yml")):
+            return words[:index]
+    return words
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Files that survive a crash: a reader sees the old content or the new one, never half of either.
+
+A file is written to a temporary name beside its own, flushed to the disk and renamed; a folder is staged in a sibling
+and renamed whole. Records are appended as whole lines under a lock that the kernel releases when its holder dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+import unicodedata
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lorica.errors import DataError, MissingPathError, OutputExistsError
+
+Record = Mapping[str, Any]
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Replace `path` by `content`, durably. On any failure the old file stays and no temporary one is left."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, written atomically. NaN and infinity are refused: JSON has no word for them."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def staged_folder(path: Path) -> Iterator[Path]:
+    """A new empty folder to fill; it becomes `path` in one rename when the block ends without an error.
+
+    A folder already at `path` is replaced only then, and is gone only after the new one stands in its place.
+    """
+    staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.staging")
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for file in staging.rglob("*"):
+            _sync(file)
+        sync_folder(staging)
+        _swap_in(staging, path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _swap_in(staging: Path, path: Path) -> None:
+    trash = path.with_name(f".{path.name}.{secrets.token_hex(4)}.trash")
+    if path.exists():
+        path.rename(trash)
+    staging.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Ask the disk to keep the folder's own entries (names, renames)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    if path.is_file():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Make `parent/<name>-<time>-<random>`; two processes in the same second get two folders."""
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = parent / f"{slug(name)}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+
+
+def claim_folder(path: Path) -> Path:
+    """Make `path`, or take it if it is empty. Raises OutputExistsError if anything is in it."""
+    if path.exists() and not path.is_dir():
+        raise OutputExistsError(f"output_dir={str(path)!r} is a file: name a new folder")
+    path.mkdir(parents=True, exist_ok=True)
+    if any(path.iterdir()):
+        raise OutputExistsError(
+            f"output_dir={str(path)!r} is not empty: name a new folder, nothing is written over"
+        )
+    return path
+
+
+def slug(name: str, limit: int = 80) -> str:
+    """`name` as one safe path component: letters, digits, '.', '_' and '-', never empty, never hidden."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-.")[:limit].strip("-.") or "unnamed"
+
+
+def open_regular(path: Path, limit_bytes: int | None = None) -> BinaryIO:
+    """Open a file from elsewhere for reading: a regular file, not a link, FIFO or device, of at most `limit_bytes`."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise MissingPathError(f"no file {str(path)!r}") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DataError(f"{str(path)!r} is a symbolic link: give the file itself") from None
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise DataError(f"{str(path)!r} is not a regular file")
+    if limit_bytes is not None and status.st_size > limit_bytes:
+        os.close(descriptor)
+        raise DataError(f"{str(path)!r} has {status.st_size} bytes: at most {limit_bytes} are read")
+    return os.fdopen(descriptor, "rb")
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Append one JSON line, whole: one write under a lock, after a torn line of a killed writer is cut away."""
+    line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _cut_torn_tail(descriptor)
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+def _cut_torn_tail(descriptor: int) -> None:
+    end = os.fstat(descriptor).st_size
+    keep = end
+    while keep > 0:
+        start = max(0, keep - 65536)
+        newline = os.pread(descriptor, keep - start, start).rfind(b"\n")
+        keep = start + newline + 1 if newline >= 0 else start
+        if newline >= 0:
+            break
+    if keep < end:
+        os.ftruncate(descriptor, keep)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Every record of a JSON Lines file. A torn last line is dropped with a warning; any other bad line is an error."""
+    records = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise DataError(f"{path}, line {number}: not a JSON record") from None
+            warnings.warn(f"{path}: the last line is torn and was dropped", stacklevel=2)
+    return records

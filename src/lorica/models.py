@@ -1,0 +1,259 @@
+"""A base model and its tokenizer, loaded as asked: kind, dtype and code trust are stated, never guessed by a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+from lorica import randomness
+from lorica.adapters import injection, lora
+from lorica.errors import ConfigError, MissingExtraError, MissingPathError, ModelError, TargetError
+
+Kind = Literal["causal", "seq2seq", "classification"]
+
+CLASSES: dict[Kind, type[Any]] = {
+    "causal": transformers.AutoModelForCausalLM,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    "classification": transformers.AutoModelForSequenceClassification,
+}
+TASK_TYPES: dict[Kind, str] = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEMO_BASE = Path(__file__).parent / "demo" / "base"
+
+# How transformers' families call the projections of their attention. A fused projection stands for all it holds.
+FUSED_QKV = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv")
+QUERY = ("q_proj", "query", "q", "q_lin", "query_proj")
+KEY = ("k_proj", "key", "k", "k_lin", "key_proj")
+VALUE = ("v_proj", "value", "v", "v_lin", "value_proj")
+OUTPUT = (
+    *("o_proj", "out_proj", "o", "out_lin", "attn.c_proj"),
+    *("attention.output.dense", "self_attention.dense", "attention.dense"),
+)
+PRESETS = {"standard": (*FUSED_QKV, *QUERY, *VALUE), "extended": (*FUSED_QKV, *QUERY, *KEY, *VALUE, *OUTPUT)}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model: `heads` are its task head's modules, `new` the parameters that its checkpoint did not hold."""
+
+    model: nn.Module
+    tokenizer: Any
+    kind: Kind
+    name: str
+    heads: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+
+    @property
+    def untouched(self) -> tuple[str, ...]:
+        """Modules that no preset adapts: heads and the output embedding."""
+        return (*self.heads, *output_embedding(self.model))
+
+
+def load(
+    name: str,
+    *,
+    kind: Kind,
+    num_labels: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    quantization: str = "none",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+    seed: int = 0,
+) -> Base:
+    """Load a checkpoint from a local folder or the hub, with `seed` for the head that the checkpoint lacks.
+
+    Raises MissingPathError for a folder that is not there, ModelError for a checkpoint that is corrupt, incomplete or
+    of another kind, MissingExtraError if quantisation needs a library that is not installed.
+    """
+    source = locate(name)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {**common, "dtype": DTYPES[dtype]}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    if kind == "classification":
+        options["num_labels"] = num_labels
+    if quantization == "int8":
+        options["quantization_config"] = _int8()
+    with _one_line(name), quiet():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
+        model, info = CLASSES[kind].from_pretrained(source, output_loading_info=True, **options)
+    _complete_padding(model, tokenizer)
+    heads = head_modules(model) if kind == "classification" else ()
+    new = sorted(info["missing_keys"])
+    _check_complete(name, model, new, heads)
+    missing_inside = {
+        key.rpartition(".")[0] for key in new if not any(key.startswith(head + ".") for head in heads)
+    }
+    _draw_new(model, new, seed)
+    model.to(device).eval()
+    return Base(model, tokenizer, kind, name, (*heads, *sorted(missing_inside)), tuple(new))
+
+
+def locate(name: str) -> str:
+    """The folder or hub name that `name` stands for; `demo` is the embedded model."""
+    if name == "demo":
+        return str(DEMO_BASE)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise MissingPathError(
+                f"model.name={name!r} is a folder without a config.json: no transformers checkpoint"
+            )
+        return str(path)
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_local or (path.parent != Path() and path.parent.is_dir()):
+        raise MissingPathError(f"model.name={name!r}: there is no such folder")
+    return name
+
+
+def read_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's transformers config, without its weights."""
+    with _one_line(name), quiet():
+        return transformers.AutoConfig.from_pretrained(
+            locate(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+
+
+def natural_kind(config: Any) -> Kind:
+    """The kind that a checkpoint is used as when the user does not say: by its family."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    if config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "classification"
+    return "causal"
+
+
+def target_modules(base: Base, targets: str | Sequence[str]) -> list[str]:
+    """Paths of the modules that a preset (`standard`, `extended`, `all-linear`), names or a regex choose (MATH section 1)."""
+    if targets == "all-linear":
+        return list(injection.linear_modules(base.model, base.untouched))
+    if not isinstance(targets, str) or targets not in PRESETS:
+        return injection.find_targets(base.model, targets, base.untouched)
+    linear = injection.linear_modules(base.model, base.untouched)
+    found = [
+        path for path in linear if any(path == end or path.endswith("." + end) for end in PRESETS[targets])
+    ]
+    if not found:
+        names = sorted({path.rpartition(".")[2] for path in linear})
+        raise TargetError(
+            f"adapter.targets={targets}: this model's attention has other names; choose from {', '.join(names)}"
+        )
+    return found
+
+
+def output_embedding(model: nn.Module) -> tuple[str, ...]:
+    """The path of the output embedding (lm_head), if the model has one."""
+    embedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return tuple(
+        path for path, module in model.named_modules() if embedding is not None and module is embedding
+    )
+
+
+def head_modules(model: Any) -> tuple[str, ...]:
+    """The top modules outside the body of a classification model: its head."""
+    tops = {name.partition(".")[0] for name, _ in model.named_parameters()}
+    return tuple(sorted(tops - {model.base_model_prefix}))
+
+
+def longest_input(base: Base) -> int:
+    """The most tokens that the model can read at once; a million where neither model nor tokenizer states a limit."""
+    stated = (getattr(base.model.config, "max_position_embeddings", None), base.tokenizer.model_max_length)
+    return min([1_000_000, *(limit for limit in stated if isinstance(limit, int) and limit > 0)])
+
+
+def is_transposed(base: Base, paths: Iterable[str]) -> bool:
+    """Whether one of the modules keeps its weight as (in, out), which PEFT's config must say (fan_in_fan_out)."""
+    return any(lora.is_transposed(base.model.get_submodule(path)) for path in paths)
+
+
+def choose_device(device: str) -> str:
+    """`auto` as the best device there is; anything else must be usable (ConfigError)."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _int8() -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise MissingExtraError(
+            "model.quantization=int8 needs bitsandbytes: pip install bitsandbytes"
+        ) from None
+    return transformers.BitsAndBytesConfig(load_in_8bit=True)
+
+
+@contextlib.contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """A loader's failure as one line that names the model."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()
+        raise ModelError(
+            f"model.name={name!r} cannot be loaded: {first[0] if first else type(error).__name__}"
+        ) from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' loading report: what matters of it is checked here and raised or told in lorica's words."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _complete_padding(model: Any, tokenizer: Any) -> None:
+    """Decoder-only checkpoints often have no padding token; padded positions are masked, so any token will do."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            "the tokenizer has no padding, end or unknown token: set one in tokenizer_config.json"
+        )
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _check_complete(name: str, model: Any, missing: Sequence[str], heads: Sequence[str]) -> None:
+    """A classification head may be new, and a pooler with it; anything else that is missing is a broken checkpoint."""
+    allowed = (*heads, f"{model.base_model_prefix}.pooler") if heads else ()
+    lacking = [key for key in missing if not any(key.startswith(root + ".") for root in allowed)]
+    if lacking:
+        raise ModelError(
+            f"model.name={name!r}: the checkpoint lacks {lacking[0]} ({len(lacking)} in all): wrong kind or incomplete"
+        )
+
+
+@torch.no_grad()
+def _draw_new(model: Any, new: Sequence[str], seed: int) -> None:
+    """Draw the new matrices from `seed`: transformers took them from the global generator. New vectors keep its values."""
+    std = getattr(model.config, "initializer_range", None) or 0.02
+    for name, parameter in model.named_parameters():
+        if name in new and parameter.dim() >= 2:
+            generator = randomness.torch_generator(seed, "head", name)
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))

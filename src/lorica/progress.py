@@ -1,0 +1,42 @@
+"""Long work made visible: a bar on a terminal, nothing in a log file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+Item = TypeVar("Item")
+
+
+def bar(transient: bool = False) -> Progress:
+    """A progress bar on stderr that draws nothing unless stderr is a terminal; fields `note` are shown behind it."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        transient=transient,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def tracked(items: Iterable[Item], total: int, description: str) -> Iterator[Item]:
+    """The items, a bar showing how many of `total` have gone by; it disappears at the end."""
+    with bar(transient=True) as progress:
+        yield from progress.track(
+            items, total=total, task_id=progress.add_task(description, total=total, note="")
+        )

@@ -1,0 +1,130 @@
+"""The store, and the waist of the program: runs write records here; comparing and reporting only read them.
+
+A run folder holds `config.yaml`, `origin.json`, `record.json` and the JSON Lines that grow while it runs. The folder's
+parent holds `index.jsonl`, one line for each finished run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lorica
+from lorica import files
+from lorica.errors import MissingPathError
+
+LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where one run keeps everything; the names of its files are decided here alone."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def origin(self) -> Path:
+        return self.path / "origin.json"
+
+    @property
+    def record(self) -> Path:
+        return self.path / "record.json"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "README.md"
+
+    @property
+    def training_loss(self) -> Path:
+        return self.path / "training_loss.jsonl"
+
+    @property
+    def eval_loss(self) -> Path:
+        return self.path / "eval_loss.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    def evaluation(self, split: str) -> Path:
+        return self.path / f"eval_results_{split}.json"
+
+
+def new_run(output_dir: str | None, name: str) -> RunFolder:
+    """A fresh run folder: `output_dir` if given (new or empty), else `runs/<name>-<time>-<random>`."""
+    if output_dir is None:
+        return RunFolder(files.new_folder(Path("runs"), name))
+    return RunFolder(files.claim_folder(Path(output_dir)))
+
+
+def check_free(output_dir: str) -> None:
+    """Raise OutputExistsError if a run could not take `output_dir`; for asking before any work is done."""
+    path = Path(output_dir)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        files.claim_folder(path)
+
+
+def open_run(path: str | Path) -> RunFolder:
+    """A run folder that is there. Raises MissingPathError if `path` holds no `config.yaml`."""
+    run = RunFolder(Path(path))
+    if not run.config.is_file():
+        raise MissingPathError(f"{str(path)!r} is not a run folder: it has no config.yaml")
+    return run
+
+
+def origin(seed: int, device: str) -> dict[str, Any]:
+    """Where a result comes from: command, code and library versions, device, seed, time. No environment, no secrets."""
+    return {
+        "command": ["lorica", *sys.argv[1:]],
+        "lorica": lorica.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "device": device,
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "seed": seed,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from; None when it runs from an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def finish(
+    run: RunFolder, config: Mapping[str, Any], metrics: Mapping[str, Any], timing: Mapping[str, float]
+) -> None:
+    """Write the run's record, then its line in the index beside it: what the index names is complete."""
+    record = {
+        "config": config,
+        "metrics": metrics,
+        "origin": json.loads(run.origin.read_text("utf-8")),
+        "timing": timing,
+    }
+    files.write_json(run.record, record)
+    line = {"run": run.path.name, "finished": time.time(), "metrics": metrics, "timing": timing}
+    files.append_record(run.path.parent / "index.jsonl", line)

@@ -1,0 +1,180 @@
+"""Examples, the task that they belong to, and the splits and subsets that a run takes of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lorica import files, randomness
+from lorica.errors import ConfigError, DataError
+
+Kind = Literal["choice", "classification"]
+Split = Literal["train", "dev", "test"]
+SPLITS: tuple[Split, ...] = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: the fields that templates name, and the number of its label."""
+
+    fields: Mapping[str, str]
+    label: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A template with {field} places, and the word that stands for each label.
+
+    The word follows the template after a space, unless the template ends in white space.
+    """
+
+    template: str
+    verbalizer: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where a task lives on the hub: `columns` maps our field to theirs, `splits` our split to theirs."""
+
+    repository: str
+    config: str | None = None
+    splits: Mapping[Split, str] = field(default_factory=lambda: {"train": "train", "test": "validation"})
+    columns: Mapping[str, str] = field(default_factory=dict)
+    label_column: str = "label"
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task of the catalog. `texts` are the one or two fields that an encoder reads; the first prompt is the default.
+
+    `prepare` may add fields that a template needs (BoolQ's capitalised question).
+    """
+
+    labels: tuple[str, ...]
+    texts: tuple[str, ...]
+    prompts: Mapping[str, Prompt]
+    hub: Hub | None = None
+    prepare: Callable[[Mapping[str, str]], Mapping[str, str]] | None = None
+    metrics: tuple[str, ...] = ("accuracy", "macro_f1")
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task ready to run: every split's examples, and how it is asked."""
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    texts: tuple[str, ...]
+    prompt: Prompt | None
+    metrics: tuple[str, ...]
+    splits: Mapping[Split, Sequence[Example]]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of every example and label: two tasks with one fingerprint hold the same data."""
+        digest = hashlib.sha256(json.dumps(self.labels).encode())
+        for split in SPLITS:
+            for example in self.splits.get(split, ()):
+                digest.update(json.dumps([split, dict(example.fields), example.label]).encode())
+        return digest.hexdigest()[:16]
+
+
+def complete_splits(
+    found: Mapping[Split, Sequence[Example]], *, num_dev: int | None, num_eval: int | None, seed: int
+) -> dict[Split, list[Example]]:
+    """Train, dev and test from what a source has.
+
+    A source without a labelled test split is tested on its dev split, and dev is cut from train (as MeZO does); a source
+    with train alone has both cut from it. A cut is seeded, and disjoint from what stays. Raises DataError for an empty
+    split.
+    """
+    splits: dict[Split, list[Example]] = {name: list(rows) for name, rows in found.items()}
+    if "train" not in splits:
+        raise DataError(f"the task has no train split: found {', '.join(splits) or 'none'}")
+    if "test" not in splits and "dev" in splits:
+        splits["test"] = splits.pop("dev")
+    if "test" not in splits:
+        splits["train"], splits["test"] = _cut(splits["train"], num_eval or 1000, seed, "test")
+    if "dev" not in splits:
+        splits["train"], splits["dev"] = _cut(splits["train"], num_dev or 500, seed, "dev")
+    for name, rows in splits.items():
+        if not rows:
+            raise DataError(f"the {name} split is empty: give more data, or a smaller num_dev and num_eval")
+    return splits
+
+
+def _cut(rows: list[Example], size: int, seed: int, name: str) -> tuple[list[Example], list[Example]]:
+    """(what stays, what is cut off), both in their old order. At most half of the rows are cut off."""
+    size = min(size, len(rows) // 2)
+    taken = set(randomness.python_generator(seed, "cut", name).sample(range(len(rows)), size))
+    stays = [row for index, row in enumerate(rows) if index not in taken]
+    return stays, [rows[index] for index in sorted(taken)]
+
+
+def subset(task: Task, split: Split, size: int | None, *, seed: int, stratified: bool) -> list[Example]:
+    """`size` examples of a split, drawn with `seed`; all of them, in order, if `size` is None or not smaller.
+
+    Stratified keeps each label's share. The indices are cached on disk by the data's fingerprint and the options, so a
+    subset stays the same under a later version of the drawing code. Raises ConfigError if `size` is larger than the split.
+    """
+    rows = list(task.splits[split])
+    if size is None:
+        return rows
+    if size > len(rows):
+        raise ConfigError(
+            f"{size} examples of {task.name}'s {split} split were asked for, and it has {len(rows)}"
+        )
+    name = f"{task.fingerprint}-{split}-{size}-{seed}-{'stratified' if stratified else 'plain'}.json"
+    path = cache_folder() / "subsets" / name
+    indices = _cached_indices(path, len(rows), size)
+    if indices is None:
+        indices = draw(
+            [row.label for row in rows], size, randomness.python_generator(seed, "subset", split), stratified
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, indices)
+    return [rows[index] for index in indices]
+
+
+def draw(labels: Sequence[int], size: int, generator: random.Random, stratified: bool) -> list[int]:
+    """`size` indices without repetition; stratified: each label's share to within one example."""
+    order = generator.sample(range(len(labels)), len(labels))
+    if not stratified:
+        return order[:size]
+    return sorted(order, key=_stratified_rank(labels, order))[:size]
+
+
+def _stratified_rank(labels: Sequence[int], order: Sequence[int]) -> Callable[[int], float]:
+    """The n-th example of a label in `order` ranks at n / (the label's count): a prefix then holds every label's share."""
+    counts: dict[int, int] = {}
+    nth: dict[int, int] = {}
+    for index in order:
+        counts[labels[index]] = counts.get(labels[index], 0) + 1
+        nth[index] = counts[labels[index]]
+    return lambda index: (nth[index] - 0.5) / counts[labels[index]]
+
+
+def cache_folder() -> Path:
+    """Where derived data is kept: LORICA_CACHE, or the user's cache folder."""
+    given = os.environ.get("LORICA_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "lorica"
+
+
+def _cached_indices(path: Path, num_rows: int, size: int) -> list[int] | None:
+    if not path.is_file():
+        return None
+    indices = json.loads(path.read_text("utf-8"))
+    whole = (
+        isinstance(indices, list)
+        and len(set(indices)) == size
+        and all(0 <= each < num_rows for each in indices)
+    )
+    return indices if whole else None

@@ -1,0 +1,183 @@
+"""Batches of what was tokenised once: rows of similar length together, padded on the side that the model reads from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorica import randomness
+from lorica.tasks.prompting import Choice, Classified, Encoded, Tokens
+
+POOL_BATCHES = (
+    50  # rows are sorted by length inside pools of so many batches: little padding, and still shuffled
+)
+
+
+@dataclass(frozen=True)
+class HeadBatch:
+    """Input of a model with a classification head. Tensors are (b, t); labels (b,)."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.inputs["attention_mask"].sum())
+
+
+@dataclass(frozen=True)
+class ChoiceBatch:
+    """Input of a language model whose options are to be scored.
+
+    Rows are padded on the left, so that the answers' positions are the last ones. Where every option is one token, there
+    is one row an example and `targets` (b, options) are the options' tokens. Otherwise an example has a row for each
+    option, `targets` (b · options, L) are its tokens, right-aligned, and -100 where there is none.
+    """
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+    labels: Tensor
+    num_options: int
+    one_token: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.inputs["attention_mask"].sum())
+
+
+Batch = HeadBatch | ChoiceBatch
+
+
+@dataclass(frozen=True)
+class TrainingStream:
+    """The endless, seeded order of a run's batches: batch k is a function of (seed, k), so a run resumes by its number."""
+
+    lengths: Sequence[int]
+    batch_size: int
+    seed: int
+    bucketing: bool = True
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+    def indices(self, start: int = 0) -> Iterator[list[int]]:
+        """The rows of batch `start`, `start` + 1, and so on, epoch after epoch."""
+        epoch, skip = divmod(start, self.batches_per_epoch)
+        while True:
+            yield from self._epoch(epoch)[skip:]
+            epoch, skip = epoch + 1, 0
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        generator = randomness.python_generator(self.seed, "data", epoch)
+        order = generator.sample(range(len(self.lengths)), len(self.lengths))
+        if not self.bucketing:
+            return _cut(order, self.batch_size)
+        pools = _cut(order, self.batch_size * POOL_BATCHES)
+        batches = [
+            batch
+            for pool in pools
+            for batch in _cut(sorted(pool, key=self.lengths.__getitem__), self.batch_size)
+        ]
+        return generator.sample(batches, len(batches))
+
+
+def evaluation_order(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Every row once, longest first: the first batch shows whether the memory suffices."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return _cut(order, batch_size)
+
+
+def collate(
+    rows: Sequence[Encoded],
+    *,
+    pad_token_id: int,
+    device: str = "cpu",
+    gold_only: bool = False,
+    decoder_start_token_id: int | None = None,
+) -> Batch:
+    """One batch of rows of one kind. `gold_only` keeps each example's gold option alone (language-model loss)."""
+    labels = torch.tensor([row.label for row in rows], device=device)
+    first = rows[0]
+    if isinstance(first, Classified):
+        return _head_batch([row for row in rows if isinstance(row, Classified)], labels, pad_token_id, device)
+    choices = [row for row in rows if isinstance(row, Choice)]
+    return _choice_batch(choices, labels, pad_token_id, device, gold_only, decoder_start_token_id)
+
+
+def _head_batch(rows: Sequence[Classified], labels: Tensor, pad_token_id: int, device: str) -> HeadBatch:
+    tokens, mask = _padded([row.tokens for row in rows], pad_token_id, left=False)
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    if rows[0].types:
+        inputs["token_type_ids"] = _padded([row.types for row in rows], 0, left=False)[0]
+    return HeadBatch({name: tensor.to(device) for name, tensor in inputs.items()}, labels)
+
+
+def _choice_batch(
+    rows: Sequence[Choice],
+    labels: Tensor,
+    pad_token_id: int,
+    device: str,
+    gold_only: bool,
+    decoder_start_token_id: int | None,
+) -> ChoiceBatch:
+    one_token = not gold_only and all(row.is_one_token for row in rows)
+    if one_token:
+        pairs = [(row.prompts[0], ()) for row in rows]
+        targets = torch.tensor([[option[0] for option in row.options] for row in rows])  # (b, options)
+    else:
+        picked = [[row.label] if gold_only else range(len(row.options)) for row in rows]
+        pairs = [
+            (row.prompts[i], row.options[i]) for row, which in zip(rows, picked, strict=True) for i in which
+        ]
+        targets, mask = _padded([option for _, option in pairs], -100, left=True)  # (b · options, L)
+    if decoder_start_token_id is None:
+        inputs = _decoder_inputs(pairs, pad_token_id)
+    else:
+        inputs = _encoder_decoder_inputs(pairs, pad_token_id, decoder_start_token_id)
+    num_options = 1 if gold_only else len(rows[0].options)
+    on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
+    return ChoiceBatch(on_device, targets.to(device), labels, num_options, one_token)
+
+
+def _decoder_inputs(pairs: Sequence[tuple[Tokens, Tokens]], pad_token_id: int) -> dict[str, Tensor]:
+    """Prompt and option without its last token, which is only ever predicted."""
+    tokens, mask = _padded([prompt + option[:-1] for prompt, option in pairs], pad_token_id, left=True)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+
+
+def _encoder_decoder_inputs(
+    pairs: Sequence[tuple[Tokens, Tokens]], pad_token_id: int, start: int
+) -> dict[str, Tensor]:
+    tokens, mask = _padded([prompt for prompt, _ in pairs], pad_token_id, left=False)
+    width = max(1, *(len(option) for _, option in pairs))
+    # Right-aligned like the targets. A shorter option starts late: its start token is repeated in front and masked.
+    written = [(start,) * (width - len(option[:-1])) + option[:-1] for _, option in pairs]
+    shown = [(0,) * (width - 1 - len(option[:-1])) + (1,) * (1 + len(option[:-1])) for _, option in pairs]
+    return {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "decoder_input_ids": torch.tensor(written),
+        "decoder_attention_mask": torch.tensor(shown),
+    }
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """(values, mask), both (rows, longest)."""
+    width = max(len(row) for row in rows)
+    values = torch.full((len(rows), width), fill)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        values[index, place] = torch.tensor(row, dtype=torch.long)
+        mask[index, place] = 1
+    return values, mask
+
+
+def _cut(order: list[int], size: int) -> list[list[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
