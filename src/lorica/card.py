@@ -24,9 +24,9 @@ A LoRA adapter of rank {rank} (alpha {alpha:g}) on {num_modules} modules ({modul
 
 ## How it was trained
 
-{num_steps} steps of batch {batch_size}, {optimizer} at learning rate {learning_rate:g} ({schedule}), seed {seed}: {forwards:,} forward
-passes and {tokens:,} tokens in {seconds:.1f} s. The loss went from {first_loss:.4f} (mean of the first tenth of the steps) to
-{last_loss:.4f} (mean of the last). {examples}
+{num_steps} steps of batch {batch_size}, {optimizer} at learning rate {learning_rate:g} ({schedule}), seed {seed}:
+{forwards:,} forward passes and {tokens:,} tokens in {seconds:.1f} s. The loss went from {first_loss:.4f} (mean of the
+first tenth of the steps) to {last_loss:.4f} (mean of the last). {examples}
 
 Everything that was set is in `config.yaml`, every step in `training_loss.jsonl`, versions and command in `origin.json`.
 
@@ -44,7 +44,8 @@ base = load_base("{base_model}", kind="{kind}"{num_labels})
 live = inject(base.model, load_adapter(Path("{folder}/adapter")))
 ```
 
-The folder `adapter/` is an ordinary PEFT adapter; `peft.PeftModel.from_pretrained(model, "{folder}/adapter")` loads it too.
+The folder `adapter/` is an ordinary PEFT adapter: `peft.PeftModel.from_pretrained(model, "{folder}/adapter")` loads
+it too.
 """
 
 

@@ -33,9 +33,7 @@ def main() -> None:
     try:
         app()
     except LoricaError as error:
-        ERR.print(
-            f"[bold red]error:[/] {_escaped(' '.join(str(error).split()))}", highlight=False, soft_wrap=True
-        )
+        ERR.print(f"[bold red]error:[/] {_escaped(' '.join(str(error).split()))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         ERR.print("interrupted")
@@ -66,18 +64,18 @@ def train(context: typer.Context) -> None:
 
 @app.command(context_settings=WORDS)
 def evaluate(context: typer.Context) -> None:
-    """Evaluate runs or adapters: lorica evaluate RUN ADAPTER key=value; without any, model=M task=T is the base alone."""
+    """Evaluate runs or adapters: lorica evaluate RUN ADAPTER key=value; with model=M task=T alone, the base."""
     from lorica import config, runs, tables
 
-    targets = [word for word in _leading(context.args)]
+    targets: list[str | None] = [*_leading(context.args)]
     given = config.read(config.EvaluateConfig, context.args[len(targets) :])
-    found = [(target or "base", runs.evaluate_target(target, given)) for target in (targets or [None])]
+    found = [(target or "base", runs.evaluate_target(target, given)) for target in targets or [None]]
     OUT.print(tables.evaluations(found))
 
 
 @app.command(context_settings=WORDS)
 def plan(context: typer.Context) -> None:
-    """Say what a training run would need, without loading weights: lorica plan model=M adapter.rank=8 batch_size=16 length=128."""
+    """Say what training would need, without loading weights: lorica plan model=M adapter.rank=8 length=128."""
     from lorica import config, runs, tables
 
     OUT.print(tables.plan(runs.plan(config.read(config.PlanConfig, context.args))))

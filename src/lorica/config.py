@@ -1,6 +1,6 @@
 """One schema for every verb, filled from YAML files, `key=value` words and flags. Imports no torch.
 
-`read(TrainConfig, ["run.yaml", "learning_rate=1e-4", "--lora_r", "8"])` gives a checked, frozen config. Later words win over
+`read(TrainConfig, ["run.yaml", "learning_rate=1e-4", "--lora_r", "8"])` gives a checked, frozen config. Words win over
 YAML; two words that set one key to different values contradict each other and are an error.
 """
 
@@ -34,36 +34,26 @@ class ModelConfig(Section):
     quantization: Literal["none", "int8"] = "none"
     revision: str | None = None
     trust_remote_code: bool = False
-    attention: Literal["eager", "sdpa"] | None = Field(
-        None, description="attention kernel; None: transformers chooses"
-    )
+    attention: Literal["eager", "sdpa"] | None = Field(None, description="attention kernel; None: transformers chooses")
 
 
 class TaskConfig(Section):
-    name: str = Field("sst2", description="a catalog task, `hub:OWNER/NAME[:CONFIG]`, or `file:TRAIN_FILE`")
+    name: str | None = Field(None, description="a catalog task, `hub:OWNER/NAME[:CONFIG]`, or `file:TRAIN_FILE`")
     path: str | None = Field(None, description="local folder with train/dev/test.jsonl and meta.json")
     kind: Literal["auto", "choice", "classification"] = "auto"
-    files: dict[Literal["train", "dev", "test"], str] = Field(
-        {}, description="further files of a `file:` task"
-    )
+    files: dict[Literal["train", "dev", "test"], str] = Field({}, description="further files of a `file:` task")
     columns: dict[str, str] = Field({}, description="field of the template -> column of the data")
     label_column: str = "label"
-    labels: list[str] | None = Field(
-        None, description="label names, in the order of the data's label numbers"
-    )
+    labels: list[str] | None = Field(None, description="label names, in the order of the data's label numbers")
     prompt: str | None = Field(None, description="name of one of the task's prompts")
-    template: str | None = Field(
-        None, description="own prompt, with {field} places; the option's word follows it"
-    )
+    template: str | None = Field(None, description="own prompt, with {field} places; the option's word follows it")
     verbalizer: dict[str, str] | None = Field(None, description="label -> the word that stands for it")
     num_train: int | None = Field(None, ge=1)
     num_dev: int | None = Field(None, ge=1)
     num_eval: int | None = Field(None, ge=1)
     stratified: bool = False
     train_set_seed: int = 0
-    max_length: int = Field(
-        512, ge=8, description="tokens; longer prompts lose their start, never their answer"
-    )
+    max_length: int = Field(512, ge=8, description="tokens; longer prompts lose their start, never their answer")
 
 
 class AdapterConfig(Section):
@@ -71,9 +61,7 @@ class AdapterConfig(Section):
     rank: int = Field(8, ge=1)
     alpha: float | None = Field(None, gt=0, description="scale is alpha / rank; None: twice the rank")
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: str | list[str] = Field(
-        "standard", description="standard | extended | all-linear | names | a regex"
-    )
+    targets: str | list[str] = Field("standard", description="standard | extended | all-linear | names | a regex")
     init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
     init_std: float | None = Field(None, gt=0, description="standard deviation of init=gaussian")
     profile: Literal["peft", "portable"] = Field("peft", description="how the adapter folder is written")
@@ -81,9 +69,7 @@ class AdapterConfig(Section):
     @model_validator(mode="after")
     def _gaussian_states_its_std(self) -> AdapterConfig:
         if (self.init == "gaussian") != (self.init_std is not None):
-            raise ValueError(
-                "adapter.init=gaussian and adapter.init_std=STD go together: give both or neither"
-            )
+            raise ValueError("adapter.init=gaussian and adapter.init_std=STD go together: give both or neither")
         return self
 
 
@@ -110,20 +96,12 @@ class TrainConfig(Section):
     trainer: Literal["backprop", "spsa"] = "backprop"
     zo: ZerothOrderConfig = ZerothOrderConfig()
     train_as: Literal["auto", "classification", "lm"] = "auto"
-    optimizer: Literal["adamw", "sgd", "momentum"] | None = Field(
-        None, description="None: adamw, or sgd under spsa"
-    )
+    optimizer: Literal["adamw", "sgd", "momentum"] | None = Field(None, description="None: adamw, or sgd under spsa")
     learning_rate: float | None = Field(None, ge=0, description="None: 1e-3, or 1e-4 under spsa")
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float | None = Field(
-        None, gt=0, description="clip the gradient to this norm; None: no clipping"
-    )
-    schedule: Literal["constant", "linear", "cosine"] | None = Field(
-        None, description="None: linear; spsa constant"
-    )
-    warmup: float = Field(
-        0.0, ge=0, description="below 1 a fraction of the steps, from 1 on a number of steps"
-    )
+    max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm; None: no clipping")
+    schedule: Literal["constant", "linear", "cosine"] | None = Field(None, description="None: linear; spsa constant")
+    warmup: float = Field(0.0, ge=0, description="below 1 a fraction of the steps, from 1 on a number of steps")
     batch_size: int = Field(16, ge=1)
     eval_batch_size: int = Field(64, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
@@ -133,9 +111,7 @@ class TrainConfig(Section):
     base_dropout: bool = Field(False, description="keep the frozen base's own dropout on while training")
     eval_steps: int | None = Field(None, ge=1, description="evaluate on dev every so many steps")
     eval_split: Literal["dev", "test"] = "test"
-    logging_steps: int = Field(
-        10, ge=1, description="how often a line is printed where there is no progress bar"
-    )
+    logging_steps: int = Field(10, ge=1, description="how often a line is printed where there is no progress bar")
     seed: int = 0
     device: str = "auto"
     output_dir: str | None = None
@@ -143,9 +119,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         if self.max_steps is not None and self.num_epochs is not None:
-            raise ValueError(
-                "max_steps and num_epochs are both given: a run has one length, drop one of them"
-            )
+            raise ValueError("max_steps and num_epochs are both given: a run has one length, drop one of them")
         return self
 
     def resolved(self) -> TrainConfig:
@@ -156,13 +130,9 @@ class TrainConfig(Section):
             update={
                 "optimizer": self.optimizer or ("sgd" if zeroth_order else "adamw"),
                 "schedule": self.schedule or ("constant" if zeroth_order else "linear"),
-                "learning_rate": (1e-4 if zeroth_order else 1e-3)
-                if self.learning_rate is None
-                else self.learning_rate,
+                "learning_rate": (1e-4 if zeroth_order else 1e-3) if self.learning_rate is None else self.learning_rate,
                 "max_steps": steps,
-                "adapter": self.adapter.model_copy(
-                    update={"alpha": self.adapter.alpha or 2.0 * self.adapter.rank}
-                ),
+                "adapter": self.adapter.model_copy(update={"alpha": self.adapter.alpha or 2.0 * self.adapter.rank}),
             }
         )
 
@@ -172,9 +142,7 @@ class EvaluateConfig(Section):
 
     model: Annotated[ModelConfig | None, BeforeValidator(_name_alone)] = None
     task: Annotated[TaskConfig | None, BeforeValidator(_name_alone)] = None
-    split: Literal["train", "dev", "test"] | None = Field(
-        None, description="None: the run's own eval_split, or test"
-    )
+    split: Literal["train", "dev", "test"] | None = Field(None, description="None: the run's own eval_split, or test")
     eval_batch_size: int | None = Field(None, ge=1, description="None: the run's own, or 64")
     device: str = "auto"
 
@@ -187,6 +155,18 @@ class PlanConfig(Section):
     batch_size: int = Field(16, ge=1)
     length: int = Field(128, ge=1, description="tokens in a row")
     optimizer: Literal["adamw", "sgd", "momentum"] = "adamw"
+
+
+class DemoConfig(Section):
+    """Everything `lorica demo` takes."""
+
+    output_dir: str | None = Field(None, description="None: a new folder under runs/")
+    steps: int = Field(300, ge=1, description="steps by backprop, for each task")
+    spsa_steps: int = Field(2000, ge=1, description="steps by spsa, on the one task that is trained both ways")
+    learning_rate: float = Field(6e-3, gt=0)
+    spsa_learning_rate: float = Field(1e-2, gt=0)
+    epsilon: float = Field(1e-3, gt=0)
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -261,9 +241,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         try:
             tree = yaml.load(file, Loader=_Yaml)
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise ConfigError(
-                f"{path} is not YAML that can be read: {' '.join(str(error).split())}"
-            ) from None
+            raise ConfigError(f"{path} is not YAML that can be read: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -317,9 +295,7 @@ def _flag(word: str, queue: list[str], known: dict[str, Any]) -> tuple[str, str,
     flag = FLAGS.get(name) or (Flag(name) if name in known else None)
     if flag is None or flag.key not in known:
         names = [each for each, flag in FLAGS.items() if flag.key in known]
-        raise UnknownNameError(
-            plugins.unknown("flag", f"--{name}", [f"--{each}" for each in (*names, *known)])
-        )
+        raise UnknownNameError(plugins.unknown("flag", f"--{name}", [f"--{each}" for each in (*names, *known)]))
     switch = flag.constant is not None or known[flag.key] is bool
     if not has_value:
         text = _next_value(word, queue, switch)
@@ -341,11 +317,7 @@ def _next_value(word: str, queue: list[str], switch: bool) -> str:
 def _known(key: str, known: dict[str, Any]) -> str:
     """The key, if the schema has it or it names an entry of one of the schema's dicts."""
     parent = key.rpartition(".")[0]
-    if (
-        key in known
-        or getattr(known.get(parent), "__origin__", None) is dict
-        or "dict[" in str(known.get(parent))
-    ):
+    if key in known or getattr(known.get(parent), "__origin__", None) is dict or "dict[" in str(known.get(parent)):
         return key
     raise UnknownNameError(plugins.unknown("key", key, known))
 
@@ -395,16 +367,12 @@ class _Yaml(yaml.SafeLoader):
         names = [key.value for key, _ in node.value]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice!r} is given twice", node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 _Yaml.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))
-    ]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Yaml.add_implicit_resolver(

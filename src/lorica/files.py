@@ -107,9 +107,7 @@ def claim_folder(path: Path) -> Path:
         raise OutputExistsError(f"output_dir={str(path)!r} is a file: name a new folder")
     path.mkdir(parents=True, exist_ok=True)
     if any(path.iterdir()):
-        raise OutputExistsError(
-            f"output_dir={str(path)!r} is not empty: name a new folder, nothing is written over"
-        )
+        raise OutputExistsError(f"output_dir={str(path)!r} is not empty: name a new folder, nothing is written over")
     return path
 
 

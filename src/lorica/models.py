@@ -1,4 +1,4 @@
-"""A base model and its tokenizer, loaded as asked: kind, dtype and code trust are stated, never guessed by a checkpoint."""
+"""A base model and its tokenizer, loaded as asked: kind, dtype and code trust are the user's to state."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ PRESETS = {"standard": (*FUSED_QKV, *QUERY, *VALUE), "extended": (*FUSED_QKV, *Q
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model: `heads` are its task head's modules, `new` the parameters that its checkpoint did not hold."""
+    """A loaded base model: `heads` are its task head's modules, `new` the parameters that its checkpoint lacked."""
 
-    model: nn.Module
+    model: Any  # a transformers PreTrainedModel
     tokenizer: Any
     kind: Kind
     name: str
@@ -93,11 +93,11 @@ def load(
     heads = head_modules(model) if kind == "classification" else ()
     new = sorted(info["missing_keys"])
     _check_complete(name, model, new, heads)
-    missing_inside = {
-        key.rpartition(".")[0] for key in new if not any(key.startswith(head + ".") for head in heads)
-    }
+    missing_inside = {key.rpartition(".")[0] for key in new if not any(key.startswith(head + ".") for head in heads)}
     _draw_new(model, new, seed)
-    model.to(device).eval()
+    # Frozen from the start: torch picks its matmul by requires_grad, so a base that an adapter froze later would round
+    # its logits otherwise than the same base alone.
+    model.to(device).eval().requires_grad_(False)
     return Base(model, tokenizer, kind, name, (*heads, *sorted(missing_inside)), tuple(new))
 
 
@@ -108,9 +108,7 @@ def locate(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise MissingPathError(
-                f"model.name={name!r} is a folder without a config.json: no transformers checkpoint"
-            )
+            raise MissingPathError(f"model.name={name!r} is a folder without a config.json: no transformers checkpoint")
         return str(path)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if looks_local or (path.parent != Path() and path.parent.is_dir()):
@@ -136,15 +134,13 @@ def natural_kind(config: Any) -> Kind:
 
 
 def target_modules(base: Base, targets: str | Sequence[str]) -> list[str]:
-    """Paths of the modules that a preset (`standard`, `extended`, `all-linear`), names or a regex choose (MATH section 1)."""
+    """Paths of the modules that a preset (standard, extended, all-linear), names or a regex choose (MATH section 1)."""
     if targets == "all-linear":
         return list(injection.linear_modules(base.model, base.untouched))
     if not isinstance(targets, str) or targets not in PRESETS:
         return injection.find_targets(base.model, targets, base.untouched)
     linear = injection.linear_modules(base.model, base.untouched)
-    found = [
-        path for path in linear if any(path == end or path.endswith("." + end) for end in PRESETS[targets])
-    ]
+    found = [path for path in linear if any(path == end or path.endswith("." + end) for end in PRESETS[targets])]
     if not found:
         names = sorted({path.rpartition(".")[2] for path in linear})
         raise TargetError(
@@ -153,12 +149,10 @@ def target_modules(base: Base, targets: str | Sequence[str]) -> list[str]:
     return found
 
 
-def output_embedding(model: nn.Module) -> tuple[str, ...]:
+def output_embedding(model: Any) -> tuple[str, ...]:
     """The path of the output embedding (lm_head), if the model has one."""
     embedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return tuple(
-        path for path, module in model.named_modules() if embedding is not None and module is embedding
-    )
+    return tuple(path for path, module in model.named_modules() if embedding is not None and module is embedding)
 
 
 def head_modules(model: Any) -> tuple[str, ...]:
@@ -193,9 +187,7 @@ def _int8() -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise MissingExtraError(
-            "model.quantization=int8 needs bitsandbytes: pip install bitsandbytes"
-        ) from None
+        raise MissingExtraError("model.quantization=int8 needs bitsandbytes: pip install bitsandbytes") from None
     return transformers.BitsAndBytesConfig(load_in_8bit=True)
 
 
@@ -232,9 +224,7 @@ def _complete_padding(model: Any, tokenizer: Any) -> None:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
-        raise ModelError(
-            "the tokenizer has no padding, end or unknown token: set one in tokenizer_config.json"
-        )
+        raise ModelError("the tokenizer has no padding, end or unknown token: set one in tokenizer_config.json")
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
 
@@ -251,7 +241,7 @@ def _check_complete(name: str, model: Any, missing: Sequence[str], heads: Sequen
 
 @torch.no_grad()
 def _draw_new(model: Any, new: Sequence[str], seed: int) -> None:
-    """Draw the new matrices from `seed`: transformers took them from the global generator. New vectors keep its values."""
+    """Draw the new matrices from `seed`: transformers took them from the global generator. New vectors stay."""
     std = getattr(model.config, "initializer_range", None) or 0.02
     for name, parameter in model.named_parameters():
         if name in new and parameter.dim() >= 2:

@@ -1,4 +1,4 @@
-"""What a run would need, found without weights: the model is built on the meta device and its tensors are counted there."""
+"""What a run would need, found without weights: the model is built on the meta device, its tensors counted there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STATES = {"adamw": 2, "momentum": 1, "sgd": 0}  # numbers kept for each trainabl
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train. Sizes in bytes: weights with the adapter, gradients and optimizer state, peak of a step's work."""
+    """One way to train, in bytes: weights with the adapter, gradients and optimizer state, peak of a step's work."""
 
     name: str
     num_trainable: int
@@ -134,14 +134,14 @@ def peak_bytes(work: Callable[[], None]) -> int:
     """The most bytes of tensors made by `work` that were alive at one moment, on any device."""
     with _AliveBytes() as alive:
         work()
-    return alive.peak
+    return int(alive.peak)
 
 
-class _AliveBytes(TorchDispatchMode):
+class _AliveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storage of every tensor that an operation returns, until the storage dies."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen: set[int] = set()
 
@@ -170,7 +170,7 @@ class _AliveBytes(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _count(parameters: Any) -> int:

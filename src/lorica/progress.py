@@ -37,6 +37,4 @@ def bar(transient: bool = False) -> Progress:
 def tracked(items: Iterable[Item], total: int, description: str) -> Iterator[Item]:
     """The items, a bar showing how many of `total` have gone by; it disappears at the end."""
     with bar(transient=True) as progress:
-        yield from progress.track(
-            items, total=total, task_id=progress.add_task(description, total=total, note="")
-        )
+        yield from progress.track(items, total=total, task_id=progress.add_task(description, total=total, note=""))

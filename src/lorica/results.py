@@ -115,9 +115,7 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def finish(
-    run: RunFolder, config: Mapping[str, Any], metrics: Mapping[str, Any], timing: Mapping[str, float]
-) -> None:
+def finish(run: RunFolder, config: Mapping[str, Any], metrics: Mapping[str, Any], timing: Mapping[str, float]) -> None:
     """Write the run's record, then its line in the index beside it: what the index names is complete."""
     record = {
         "config": config,

@@ -80,9 +80,7 @@ class Ready:
             pad_token_id=self.base.tokenizer.pad_token_id,
             device=self.device,
             gold_only=gold_only,
-            decoder_start_token_id=self.base.model.config.decoder_start_token_id
-            if self.is_encoder_decoder
-            else None,  # type: ignore[union-attr]
+            decoder_start_token_id=self.base.model.config.decoder_start_token_id if self.is_encoder_decoder else None,
         )
 
 
@@ -159,7 +157,7 @@ def plan(given: PlanConfig) -> Plan:
 
 
 def prepare(model: ModelConfig, task: TaskConfig, device: str, seed: int) -> Ready:
-    """Load the task and the base model, each as the other needs it. The task is read first: it is the cheaper to get wrong."""
+    """Load the task and the base model, each as the other needs it; the task first: it is the cheaper to get wrong."""
     on = models.choose_device(device)
     kind, task_kind = _kinds(model, task)
     loaded = load_task(
@@ -217,7 +215,8 @@ def _kinds(model: ModelConfig, task: TaskConfig) -> tuple[Kind, tasks.Kind]:
 
 
 def _splits_of(cfg: TrainConfig) -> list[Split]:
-    return list(dict.fromkeys(("train", *(["dev"] if cfg.eval_steps else []), cfg.eval_split)))
+    during: list[Split] = ["dev"] if cfg.eval_steps else []
+    return list(dict.fromkeys(["train", *during, cfg.eval_split]))
 
 
 def _new_adapter(cfg: TrainConfig, base: Base) -> Adapter:
@@ -364,9 +363,7 @@ def _resolve_target(
         cfg = config.check(TrainConfig, config.read_yaml(run.config))
         return given.model or cfg.model, given.task or cfg.task, run.adapter, run
     if not (path / peft_format.CONFIG_FILE).is_file():
-        raise MissingPathError(
-            f"{target!r} is neither a run folder (config.yaml) nor an adapter (adapter_config.json)"
-        )
+        raise MissingPathError(f"{target!r} is neither a run folder (config.yaml) nor an adapter (adapter_config.json)")
     model = given.model or ModelConfig(name=peft_format.read(path).base_model or "")
     if given.task is None:
         raise ConfigError(f"{target!r} is an adapter, which knows no task: give task=NAME")
@@ -389,5 +386,5 @@ def _warn_of_truncation(rows: dict[Split, list[Encoded]], max_length: int, say: 
         count = sum(row.truncated for row in examples)
         if count:
             say.print(
-                f"warning: {count} of {len(examples)} {split} examples were cut to {max_length} tokens (task.max_length)"
+                f"warning: {count} of {len(examples)} {split} examples were cut to {max_length} tokens (max_length)"
             )

@@ -42,14 +42,11 @@ def plan(found: Plan) -> Table:
     for way in found.ways:
         table.add_row(
             *(way.name, f"{way.num_trainable:,}", f"{way.num_trainable / found.num_parameters:.2%}"),
-            *(
-                _size(each)
-                for each in (way.weights_bytes, way.state_bytes, way.activations_bytes, way.total_bytes)
-            ),
+            *(_size(each) for each in (way.weights_bytes, way.state_bytes, way.activations_bytes, way.total_bytes)),
         )
     table.caption = (
-        f"{escape(found.model)}: {found.num_parameters:,} parameters; batch {found.batch_size} of {found.length} tokens, "
-        f"{found.dtype}; rank {found.rank} on {found.num_targets} modules"
+        f"{escape(found.model)}: {found.num_parameters:,} parameters; batch {found.batch_size} of {found.length} "
+        f"tokens, {found.dtype}; rank {found.rank} on {found.num_targets} modules"
     )
     return table
 
@@ -58,13 +55,9 @@ def listing(what: str) -> Table:
     """`tasks` with their descriptions, `flags` of the older tools with the keys they set, or `keys` of the config."""
     if what == "tasks":
         catalogue = Catalogue("lorica.tasks.catalog", "task")
-        return _two_columns(
-            "task", "what it asks", [(name, catalogue.summary(name)) for name in catalogue.names()]
-        )
+        return _two_columns("task", "what it asks", [(name, catalogue.summary(name)) for name in catalogue.names()])
     if what == "flags":
-        return _two_columns(
-            "flag", "sets", [(f"--{name}", _meaning(flag)) for name, flag in config.FLAGS.items()]
-        )
+        return _two_columns("flag", "sets", [(f"--{name}", _meaning(flag)) for name, flag in config.FLAGS.items()])
     if what == "keys":
         return _two_columns(
             "key", "type", [(key, _type(kind)) for key, kind in config.keys(config.TrainConfig).items()]
@@ -80,7 +73,7 @@ def _meaning(flag: config.Flag) -> str:
 
 
 def _type(kind: object) -> str:
-    return getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind).replace("typing.", "")  # type: ignore[return-value]
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 def _two_columns(left: str, right: str, rows: Sequence[tuple[str, str]]) -> Table:

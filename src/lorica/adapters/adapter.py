@@ -40,7 +40,7 @@ class Adapter:
             path: self.updates[path] + other.updates[path]
             if path in self.updates and path in other.updates
             else (self.updates.get(path) or other.updates[path])
-            for path in (self.updates | other.updates)
+            for path in {**self.updates, **other.updates}
         }
         base_model = self.base_model if self.base_model == other.base_model else None
         return Adapter(updates, _joined_heads(self.heads, other.heads), base_model)
@@ -58,19 +58,13 @@ class Adapter:
 
     def inner(self, other: Adapter) -> float:
         """Σ over modules of <Δ1, Δ2>; heads do not count."""
-        return sum(
-            update.inner(other.updates[path])
-            for path, update in self.updates.items()
-            if path in other.updates
-        )
+        return sum(update.inner(other.updates[path]) for path, update in self.updates.items() if path in other.updates)
 
     def norm(self) -> float:
         """sqrt(Σ over modules of ‖Δ‖²); heads do not count."""
         return sum(update.norm() ** 2 for update in self.updates.values()) ** 0.5
 
-    def compress(
-        self, rank: int | None = None, energy: float | None = None
-    ) -> tuple[Adapter, dict[str, float]]:
+    def compress(self, rank: int | None = None, energy: float | None = None) -> tuple[Adapter, dict[str, float]]:
         """Each update compressed (see `compression.compress`), and the relative error of each module."""
         pairs = {path: compress(update, rank, energy) for path, update in self.updates.items()}
         smaller = Adapter({path: update for path, (update, _) in pairs.items()}, self.heads, self.base_model)
@@ -89,9 +83,7 @@ class Adapter:
         )
 
     def _each(self, change: Callable[[LowRank], LowRank]) -> Adapter:
-        return Adapter(
-            {path: change(update) for path, update in self.updates.items()}, self.heads, self.base_model
-        )
+        return Adapter({path: change(update) for path, update in self.updates.items()}, self.heads, self.base_model)
 
 
 def aligned(adapters: Sequence[Adapter], mode: MergeMode = "common") -> tuple[list[Adapter], list[str]]:
@@ -101,7 +93,7 @@ def aligned(adapters: Sequence[Adapter], mode: MergeMode = "common") -> tuple[li
     (absent is zero). A module whose shape differs between adapters is a ShapeError in every mode.
     """
     everywhere = set.intersection(*(set(adapter.updates) for adapter in adapters))
-    anywhere = [path for path in dict.fromkeys(path for adapter in adapters for path in adapter.updates)]
+    anywhere = list(dict.fromkeys(path for adapter in adapters for path in adapter.updates))
     for path in anywhere:
         shapes = {adapter.updates[path].shape for adapter in adapters if path in adapter.updates}
         if len(shapes) > 1:
@@ -110,15 +102,11 @@ def aligned(adapters: Sequence[Adapter], mode: MergeMode = "common") -> tuple[li
     if mode == "union" or not dropped:
         return list(adapters), []
     if mode == "strict":
-        raise ShapeError(
-            f"merge_mode=strict, and not every adapter has {', '.join(dropped[:3])}: use common or union"
-        )
+        raise ShapeError(f"merge_mode=strict, and not every adapter has {', '.join(dropped[:3])}: use common or union")
     if not everywhere:
         raise ShapeError("the adapters have no module in common: use merge_mode=union, or other adapters")
     kept = [
-        Adapter(
-            {path: each.updates[path] for path in anywhere if path in everywhere}, each.heads, each.base_model
-        )
+        Adapter({path: each.updates[path] for path in anywhere if path in everywhere}, each.heads, each.base_model)
         for each in adapters
     ]
     return kept, dropped

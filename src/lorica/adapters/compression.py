@@ -12,8 +12,9 @@ from lorica.errors import ConfigError
 def compress(update: LowRank, rank: int | None = None, energy: float | None = None) -> tuple[LowRank, float]:
     """The nearest update of at most `rank`, or of the least rank that keeps `energy`, and its relative error.
 
-    `energy` in (0, 1] is the kept share Σ_{i≤k} σ² / Σ σ². Optimal in the Frobenius norm (Eckart–Young, MATH section 1);
-    the error is sqrt(Σ_{i>k} σ² / Σ σ²). The factors keep their dtype and share σ evenly: A = √σ·Vᵀ, B = U·√σ, scale 1.
+    `energy` in (0, 1] is the kept share Σ_{i≤k} σ² / Σ σ². Optimal in the Frobenius norm (Eckart–Young, MATH
+    section 1); the error is sqrt(Σ_{i>k} σ² / Σ σ²). The factors keep their dtype and
+    share σ evenly: A = √σ·Vᵀ, B = U·√σ, scale 1.
     Raises ConfigError unless exactly one of the two is given.
     """
     if (rank is None) == (energy is None):

@@ -66,7 +66,7 @@ class LowRank:
         return self.scale * other.scale * float((gram_A * gram_B).sum())
 
     def norm(self) -> float:
-        """The Frobenius norm ‖ΔW‖, from the singular values, so that a difference of equal updates comes out as zero."""
+        """The Frobenius norm ‖ΔW‖, from the singular values: the difference of equal updates comes out as zero."""
         return float(torch.linalg.vector_norm(self.singular_values()))
 
     def singular_values(self) -> Tensor:

@@ -82,9 +82,7 @@ class Live:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name in the model -> parameter, for the factors and the heads; all fp32."""
-        return {
-            name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
-        }
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def set_training(self, training: bool) -> None:
         """Switch the adapter's own dropout; the base model's mode is left as it is."""
@@ -109,10 +107,7 @@ def inject(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> Live:
         _check_head_fits(model, path, head)
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
-    layers = {
-        path: LoraLinear(model.get_submodule(path), update, dropout)
-        for path, update in adapter.updates.items()
-    }
+    layers = {path: LoraLinear(model.get_submodule(path), update, dropout) for path, update in adapter.updates.items()}
     heads = {path: _live_head(model.get_submodule(path), head) for path, head in adapter.heads.items()}
     replaced = {path: model.get_submodule(path) for path in heads}
     for path, module in {**layers, **heads}.items():
@@ -192,9 +187,7 @@ def _matches(path: str, entry: str) -> bool:
     try:
         return re.fullmatch(entry, path) is not None
     except re.error as error:
-        raise TargetError(
-            f"adapter.targets={entry!r} is neither a module name nor a regex: {error}"
-        ) from None
+        raise TargetError(f"adapter.targets={entry!r} is neither a module name nor a regex: {error}") from None
 
 
 def _no_match(model: nn.Module, entry: str, matches: Sequence[str], exclude: Sequence[str]) -> str:
@@ -216,9 +209,7 @@ def _check_fits(model: nn.Module, path: str, update: LowRank) -> None:
     except AttributeError:
         raise AdapterFormatError(f"the adapter updates {path!r}, which the model does not have") from None
     if shape != update.shape:
-        raise AdapterFormatError(
-            f"the adapter updates {path} as {update.shape}, and the model has {shape} there"
-        )
+        raise AdapterFormatError(f"the adapter updates {path} as {update.shape}, and the model has {shape} there")
 
 
 def _check_head_fits(model: nn.Module, path: str, head: Mapping[str, Tensor]) -> None:
@@ -243,9 +234,7 @@ def _live_head(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _inputs_as_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        each.float() if isinstance(each, Tensor) and each.is_floating_point() else each for each in inputs
-    )
+    return tuple(each.float() if isinstance(each, Tensor) and each.is_floating_point() else each for each in inputs)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

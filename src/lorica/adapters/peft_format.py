@@ -58,17 +58,14 @@ def read(folder: Path) -> Adapter:
     config = _read_config(folder / CONFIG_FILE)
     path = folder / WEIGHTS_FILE
     if not path.exists() and any(folder.glob("adapter_model.bin")):
-        raise AdapterFormatError(
-            f"{folder} holds a pickle, adapter_model.bin: convert it to safetensors first"
-        )
+        raise AdapterFormatError(f"{folder} holds a pickle, adapter_model.bin: convert it to safetensors first")
     shapes = read_header(path)
     declared = _declared_heads(config)
     modules, heads = _sorted_keys(shapes, declared, path)
     scales = {module: _scale(config, module, shapes[keys["A"]][0]) for module, keys in modules.items()}
     tensors = _load(path)
     updates = {
-        module: LowRank(tensors[keys["A"]], tensors[keys["B"]], scales[module])
-        for module, keys in modules.items()
+        module: LowRank(tensors[keys["A"]], tensors[keys["B"]], scales[module]) for module, keys in modules.items()
     }
     found: dict[str, Head] = {
         module: {part: tensors[key] for part, key in parts.items()} for module, parts in heads.items()
@@ -103,24 +100,20 @@ def write(
         tensors[f"{PREFIX}{path}.lora_A.weight"] = update.A.detach().cpu().contiguous()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = update.B.detach().cpu().contiguous()
     for path, head in adapter.heads.items():
-        tensors |= {
-            f"{PREFIX}{path}.{part}": tensor.detach().cpu().contiguous() for part, tensor in head.items()
-        }
+        tensors |= {f"{PREFIX}{path}.{part}": tensor.detach().cpu().contiguous() for part, tensor in head.items()}
     with files.staged_folder(folder) as staging:
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         (staging / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a safetensors file, from its header alone, which is checked against the file's size."""
+    """The shape of every tensor of a safetensors file, from its header alone, checked against the file's size."""
     try:
         with files.open_regular(path) as file:
             size_bytes = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size_bytes - 8, HEADER_LIMIT_BYTES):
-                raise AdapterFormatError(
-                    f"{path} is truncated or no safetensors file: header of {length} bytes"
-                )
+                raise AdapterFormatError(f"{path} is truncated or no safetensors file: header of {length} bytes")
             header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
     except DataError as error:
         raise AdapterFormatError(str(error)) from None
@@ -138,13 +131,9 @@ def _checked_shape(path: Path, key: str, entry: Any, data_bytes: int) -> tuple[i
         start, end = entry["data_offsets"]
         dtype = entry["dtype"]
     except (TypeError, KeyError, ValueError):
-        raise AdapterFormatError(
-            f"{path} is corrupt: the header's entry for {key!r} is not a tensor"
-        ) from None
+        raise AdapterFormatError(f"{path} is corrupt: the header's entry for {key!r} is not a tensor") from None
     if dtype not in ITEM_BYTES:
-        raise AdapterFormatError(
-            f"{path}: {key!r} has dtype {dtype}, a factor is one of {', '.join(ITEM_BYTES)}"
-        )
+        raise AdapterFormatError(f"{path}: {key!r} has dtype {dtype}, a factor is one of {', '.join(ITEM_BYTES)}")
     fits = 0 <= start <= end <= data_bytes and all(size >= 0 for size in shape)
     if not fits or math.prod(shape) * ITEM_BYTES[dtype] != end - start:
         raise AdapterFormatError(f"{path} is truncated or corrupt: {key!r} does not fit into the file")
@@ -183,9 +172,7 @@ def _refuse_what_is_no_update(path: Path, config: Mapping[str, Any]) -> None:
         raise AdapterFormatError(f"{path}: bias={config['bias']!r}: {REFUSED['lora_bias']}")
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.startswith(REWRITES_BASE):
-        raise AdapterFormatError(
-            f"{path}: init_lora_weights={init!r} has rewritten the base: convert it to plain LoRA"
-        )
+        raise AdapterFormatError(f"{path}: init_lora_weights={init!r} has rewritten the base: convert it to plain LoRA")
 
 
 def _declared_heads(config: Mapping[str, Any]) -> list[str]:
@@ -213,14 +200,10 @@ def _sorted_keys(
             raise AdapterFormatError(f"{path}: {key!r}: {REFUSED['use_dora']}")
         head, part = _split_head(name, declared)
         if not head or "base_layer" in name:
-            raise AdapterFormatError(
-                f"{path}: {key!r} is neither a factor nor a head named in modules_to_save"
-            )
+            raise AdapterFormatError(f"{path}: {key!r} is neither a factor nor a head named in modules_to_save")
         heads.setdefault(head, {})[part] = key
     for module, factors in modules.items():
-        _check_factors(
-            path, module, [keys[factors[letter]] if letter in factors else None for letter in "AB"]
-        )
+        _check_factors(path, module, [keys[factors[letter]] if letter in factors else None for letter in "AB"])
     return modules, heads
 
 
@@ -263,9 +246,7 @@ def _by_pattern(config: Mapping[str, Any], name: str, module: str, default: Any)
         literal = pattern.replace("\\.", ".").removesuffix("$")
         anchored = literal.removeprefix("^")
         if not re.fullmatch(r"[\w.-]+", anchored):
-            raise AdapterFormatError(
-                f"{name} has {pattern!r}: only plain module names are read, no regex is run"
-            )
+            raise AdapterFormatError(f"{name} has {pattern!r}: only plain module names are read, no regex is run")
         if module == anchored or (anchored == literal and module.endswith("." + literal)):
             return value
     return default
@@ -327,8 +308,8 @@ def _of_suffixes(suffixes: Sequence[str], layout: Layout) -> list[str]:
 def _portable(adapter: Adapter, layout: Layout) -> Adapter:
     if adapter.heads:
         raise ShapeError(
-            f"profile=portable cannot carry the head {', '.join(adapter.heads)}: the loaders that it is for refuse heads; "
-            "use profile=peft"
+            f"profile=portable cannot carry the head {', '.join(adapter.heads)}: the loaders that it is for refuse "
+            "heads; use profile=peft"
         )
     unknown = [path for path in adapter.updates if path not in layout]
     if unknown:

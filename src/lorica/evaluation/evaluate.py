@@ -40,9 +40,7 @@ def evaluate(
     model: nn.Module, task: Task, split: Split, rows: Sequence[Encoded], collate: Collate, *, batch_size: int
 ) -> Evaluation:
     """Score every row and compare the best option with its label. The loss is the cross-entropy over the options."""
-    found = score_all(
-        model, rows, collate, batch_size=batch_size, description=f"evaluating {task.name} {split}"
-    )
+    found = score_all(model, rows, collate, batch_size=batch_size, description=f"evaluating {task.name} {split}")
     labels = found.new_tensor([row.label for row in rows]).long()
     return Evaluation(
         task=task.name,

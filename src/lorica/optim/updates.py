@@ -14,14 +14,12 @@ RuleName = Literal["adamw", "sgd", "momentum"]
 def update_rule(
     name: RuleName, parameters: Iterable[nn.Parameter], *, learning_rate: float, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """A torch optimizer. Decay is decoupled under `adamw`, and added to the gradient under `sgd` and `momentum` (0.9)."""
+    """A torch optimizer. Decay is decoupled under `adamw`, added to the gradient under `sgd` and `momentum` (0.9)."""
     parameters = list(parameters)
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
     momentum = 0.9 if name == "momentum" else 0.0
-    return torch.optim.SGD(
-        parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True
-    )
+    return torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -19,9 +19,9 @@ from lorica.tasks.objectives import LossModule
 class Spsa:
     """Two-sided SPSA (Spall 1992; MeZO, arXiv 2305.17333): g = (L(θ+εz) − L(θ−εz)) / 2ε, gradient g·z.
 
-    With several directions the gradient is the mean of g_i·z_i. z of (step, direction) is one flat Gaussian draw keyed by
-    (seed, step, direction), and a parameter's part is a slice of it. The losses are taken at θ ± εz by a functional call:
-    the parameters themselves are only read. The loss of a step is the mean of its probes'.
+    With several directions the gradient is the mean of g_i·z_i. z of (step, direction) is one flat Gaussian draw keyed
+    by (seed, step, direction), and a parameter's part is a slice of it. The losses are taken at θ ± εz by a functional
+    call: the parameters themselves are only read. The loss of a step is the mean of its probes'.
     """
 
     epsilon: float
@@ -70,8 +70,7 @@ class Spsa:
 def sliced(flat: Tensor, parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
     """The parts of a flat (n,) tensor that belong to each parameter, in its shape and on its device."""
     sizes = [parameter.numel() for parameter in parameters.values()]
-    parts = flat.split(sizes)
+    parts = torch.split(flat, sizes)
     return [
-        part.view_as(parameter).to(parameter.device)
-        for part, parameter in zip(parts, parameters.values(), strict=True)
+        part.view_as(parameter).to(parameter.device) for part, parameter in zip(parts, parameters.values(), strict=True)
     ]

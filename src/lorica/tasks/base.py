@@ -92,7 +92,7 @@ def complete_splits(
 ) -> dict[Split, list[Example]]:
     """Train, dev and test from what a source has.
 
-    A source without a labelled test split is tested on its dev split, and dev is cut from train (as MeZO does); a source
+    A source without a labelled test split is tested on its dev split, and dev is cut from train (as MeZO does); one
     with train alone has both cut from it. A cut is seeded, and disjoint from what stays. Raises DataError for an empty
     split.
     """
@@ -123,15 +123,13 @@ def subset(task: Task, split: Split, size: int | None, *, seed: int, stratified:
     """`size` examples of a split, drawn with `seed`; all of them, in order, if `size` is None or not smaller.
 
     Stratified keeps each label's share. The indices are cached on disk by the data's fingerprint and the options, so a
-    subset stays the same under a later version of the drawing code. Raises ConfigError if `size` is larger than the split.
+    subset stays the same under a later version of the drawing code. ConfigError if `size` is larger than the split.
     """
     rows = list(task.splits[split])
     if size is None:
         return rows
     if size > len(rows):
-        raise ConfigError(
-            f"{size} examples of {task.name}'s {split} split were asked for, and it has {len(rows)}"
-        )
+        raise ConfigError(f"{size} examples of {task.name}'s {split} split were asked for, and it has {len(rows)}")
     name = f"{task.fingerprint}-{split}-{size}-{seed}-{'stratified' if stratified else 'plain'}.json"
     path = cache_folder() / "subsets" / name
     indices = _cached_indices(path, len(rows), size)
@@ -153,7 +151,7 @@ def draw(labels: Sequence[int], size: int, generator: random.Random, stratified:
 
 
 def _stratified_rank(labels: Sequence[int], order: Sequence[int]) -> Callable[[int], float]:
-    """The n-th example of a label in `order` ranks at n / (the label's count): a prefix then holds every label's share."""
+    """The n-th example of a label in `order` ranks at n / (the label's count): a prefix holds every label's share."""
     counts: dict[int, int] = {}
     nth: dict[int, int] = {}
     for index in order:
@@ -172,9 +170,5 @@ def _cached_indices(path: Path, num_rows: int, size: int) -> list[int] | None:
     if not path.is_file():
         return None
     indices = json.loads(path.read_text("utf-8"))
-    whole = (
-        isinstance(indices, list)
-        and len(set(indices)) == size
-        and all(0 <= each < num_rows for each in indices)
-    )
+    whole = isinstance(indices, list) and len(set(indices)) == size and all(0 <= each < num_rows for each in indices)
     return indices if whole else None

@@ -12,9 +12,7 @@ from torch import Tensor
 from lorica import randomness
 from lorica.tasks.prompting import Choice, Classified, Encoded, Tokens
 
-POOL_BATCHES = (
-    50  # rows are sorted by length inside pools of so many batches: little padding, and still shuffled
-)
+POOL_BATCHES = 50  # rows are sorted by length inside pools of so many batches: little padding, and still shuffled
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,8 @@ class HeadBatch:
 class ChoiceBatch:
     """Input of a language model whose options are to be scored.
 
-    Rows are padded on the left, so that the answers' positions are the last ones. Where every option is one token, there
-    is one row an example and `targets` (b, options) are the options' tokens. Otherwise an example has a row for each
+    Rows are padded on the left, so the answers' positions are the last ones. Where every option is one token, there is
+    one row an example and `targets` (b, options) are the options' tokens. Otherwise an example has a row for each
     option, `targets` (b · options, L) are its tokens, right-aligned, and -100 where there is none.
     """
 
@@ -54,7 +52,7 @@ Batch = HeadBatch | ChoiceBatch
 
 @dataclass(frozen=True)
 class TrainingStream:
-    """The endless, seeded order of a run's batches: batch k is a function of (seed, k), so a run resumes by its number."""
+    """The endless, seeded order of a run's batches: batch k is a function of (seed, k), so a run resumes by number."""
 
     lengths: Sequence[int]
     batch_size: int
@@ -79,9 +77,7 @@ class TrainingStream:
             return _cut(order, self.batch_size)
         pools = _cut(order, self.batch_size * POOL_BATCHES)
         batches = [
-            batch
-            for pool in pools
-            for batch in _cut(sorted(pool, key=self.lengths.__getitem__), self.batch_size)
+            batch for pool in pools for batch in _cut(sorted(pool, key=self.lengths.__getitem__), self.batch_size)
         ]
         return generator.sample(batches, len(batches))
 
@@ -127,14 +123,12 @@ def _choice_batch(
 ) -> ChoiceBatch:
     one_token = not gold_only and all(row.is_one_token for row in rows)
     if one_token:
-        pairs = [(row.prompts[0], ()) for row in rows]
+        pairs: list[tuple[Tokens, Tokens]] = [(row.prompts[0], ()) for row in rows]
         targets = torch.tensor([[option[0] for option in row.options] for row in rows])  # (b, options)
     else:
         picked = [[row.label] if gold_only else range(len(row.options)) for row in rows]
-        pairs = [
-            (row.prompts[i], row.options[i]) for row, which in zip(rows, picked, strict=True) for i in which
-        ]
-        targets, mask = _padded([option for _, option in pairs], -100, left=True)  # (b · options, L)
+        pairs = [(row.prompts[i], row.options[i]) for row, which in zip(rows, picked, strict=True) for i in which]
+        targets, _mask = _padded([option for _, option in pairs], -100, left=True)  # (b · options, L)
     if decoder_start_token_id is None:
         inputs = _decoder_inputs(pairs, pad_token_id)
     else:
@@ -151,9 +145,7 @@ def _decoder_inputs(pairs: Sequence[tuple[Tokens, Tokens]], pad_token_id: int) -
     return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
 
 
-def _encoder_decoder_inputs(
-    pairs: Sequence[tuple[Tokens, Tokens]], pad_token_id: int, start: int
-) -> dict[str, Tensor]:
+def _encoder_decoder_inputs(pairs: Sequence[tuple[Tokens, Tokens]], pad_token_id: int, start: int) -> dict[str, Tensor]:
     tokens, mask = _padded([prompt for prompt, _ in pairs], pad_token_id, left=False)
     width = max(1, *(len(option) for _, option in pairs))
     # Right-aligned like the targets. A shorter option starts late: its start token is repeated in front and masked.

@@ -29,8 +29,8 @@ def scores(model: nn.Module, batch: Batch) -> Tensor:
 def losses(model: nn.Module, batch: Batch, train_as: TrainAs) -> Tensor:
     """(b,) float32, one loss an example.
 
-    `classification`: cross-entropy over the options' scores or the head's logits. `lm`: the mean negative log-likelihood
-    of the gold answer's tokens; the batch must hold the gold options alone.
+    `classification`: cross-entropy over the options' scores or the head's logits. `lm`: the mean negative
+    log-likelihood of the gold answer's tokens; the batch must hold the gold options alone.
     """
     if train_as == "classification":
         return F.cross_entropy(scores(model, batch), batch.labels, reduction="none")
@@ -49,7 +49,7 @@ def _target_log_p(model: nn.Module, batch: ChoiceBatch) -> Tensor:
 
 
 def _last_logits(model: nn.Module, batch: ChoiceBatch, count: int) -> Tensor:
-    """(rows, count, vocabulary) float32: the logits at the last positions; the others are not computed where that can be."""
+    """(rows, count, vocabulary) float32: the last positions' logits; the others are not computed where that can be."""
     accepted = _accepted(model)
     inputs: dict[str, Any] = {name: value for name, value in batch.inputs.items() if name in accepted}
     if "logits_to_keep" in accepted:

@@ -15,7 +15,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Choice:
-    """A prompt and its options: `prompts[i]` are the tokens before option i, the same for all unless a token spans both."""
+    """A prompt and its options: `prompts[i]` are the tokens before option i, all the same unless a token spans both."""
 
     prompts: tuple[Tokens, ...]
     options: tuple[Tokens, ...]
@@ -29,9 +29,7 @@ class Choice:
 
     @property
     def length(self) -> int:
-        return max(
-            len(prompt) + len(option) for prompt, option in zip(self.prompts, self.options, strict=True)
-        )
+        return max(len(prompt) + len(option) for prompt, option in zip(self.prompts, self.options, strict=True))
 
 
 @dataclass(frozen=True)
@@ -110,11 +108,9 @@ def option_texts(prompt: Prompt, labels: Sequence[str]) -> list[str]:
 def _encode_joined(
     prompts: Sequence[str], options: Sequence[str], tokenizer: Any
 ) -> list[tuple[tuple[Tokens, ...], tuple[Tokens, ...]]]:
-    """Prompt and option tokenised as one text; a token belongs to the option if it ends behind the prompt's last character."""
+    """Prompt and option tokenised as one text; a token that ends behind the prompt's last character is the option's."""
     if not tokenizer.is_fast:
-        raise ModelError(
-            "the tokenizer has no offsets (it is a slow one): choice tasks need a fast tokenizer"
-        )
+        raise ModelError("the tokenizer has no offsets (it is a slow one): choice tasks need a fast tokenizer")
     texts = [prompt + option for prompt in prompts for option in options]
     encoded = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
     rows = []
@@ -146,10 +142,7 @@ def _encode_apart(
 ) -> list[tuple[tuple[Tokens, ...], tuple[Tokens, ...]]]:
     """For an encoder-decoder: the prompt is read by the encoder, the option written by the decoder."""
     answers = tuple(tuple(tokenizer(option, add_special_tokens=False)["input_ids"]) for option in options)
-    return [
-        ((tuple(ids),) * len(options), answers)
-        for ids in tokenizer(list(prompts), verbose=False)["input_ids"]
-    ]
+    return [((tuple(ids),) * len(options), answers) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
 
 
 def _truncated(choice: Choice, max_length: int, tokenizer: Any) -> Choice:
@@ -166,9 +159,7 @@ def _without_start(prompt: Tokens, length: int, tokenizer: Any) -> Tokens:
     return start + prompt[len(prompt) - (length - len(start)) :]
 
 
-def _encode_texts(
-    task: Task, examples: Sequence[Example], tokenizer: Any, max_length: int
-) -> list[Classified]:
+def _encode_texts(task: Task, examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Classified]:
     columns = [[example.fields[text] for example in examples] for text in task.texts]
     whole = tokenizer(*columns, verbose=False)["input_ids"]
     cut = tokenizer(*columns, truncation=True, max_length=max_length, verbose=False)

@@ -90,16 +90,17 @@ def _spec_of(name: str | None, path: str | None) -> tuple[str, TaskSpec | None]:
         raise ConfigError("task.name is not given: name a task of `lorica list`, hub:OWNER/NAME or file:PATH")
     if name is None:
         assert path is not None
-        name = str(_read_meta(Path(path)).get("name") or Path(path).name)
+        meta = _read_meta(Path(path))
+        name = str(meta.get("name") or Path(path).name)
+        if "prompt" in meta:
+            return name, None
     if name.startswith(("file:", "hub:")):
         return name, None
     known = name.lower().replace("-", "_")
     if known in CATALOG.names():
         return known, CATALOG.load(known, "TASK")
     if path is None:
-        raise UnknownNameError(
-            plugins.unknown("task", name, CATALOG.names()) + " (or hub:OWNER/NAME, or file:PATH)"
-        )
+        raise UnknownNameError(plugins.unknown("task", name, CATALOG.names()) + " (or hub:OWNER/NAME, or file:PATH)")
     return name, None
 
 
@@ -160,9 +161,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         reader = csv.DictReader(file, strict=True)
         for row in reader:
             if None in row or None in row.values():
-                raise DataError(
-                    f"{path}, line {reader.line_num}: the number of cells is not that of the header"
-                )
+                raise DataError(f"{path}, line {reader.line_num}: the number of cells is not that of the header")
             yield f"{path}, line {reader.line_num}", row
 
 
@@ -172,9 +171,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}"
-        ) from None
+        raise DataError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
     for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", row
 
@@ -218,17 +215,15 @@ def _label_names(
         return tuple(given)
     if spec is not None:
         if raw.labels is not None and set(raw.labels) != set(spec.labels):
-            raise DataError(
-                f"the data's labels are {', '.join(raw.labels)}, and {name} has {', '.join(spec.labels)}"
-            )
+            raise DataError(f"the data's labels are {', '.join(raw.labels)}, and {name} has {', '.join(spec.labels)}")
         return spec.labels
     if raw.labels is not None:
         return raw.labels
     occurring = {str(row[label_column]) for row in _rows(raw, "train") if row.get(label_column) is not None}
     if not 2 <= len(occurring) <= MAX_LABELS:
         raise DataError(
-            f"the column task.label_column={label_column!r} holds {len(occurring)} different labels: name the column, or "
-            "the labels in task.labels"
+            f"the column task.label_column={label_column!r} holds {len(occurring)} different labels: name the column, "
+            "or the labels in task.labels"
         )
     return tuple(sorted(occurring))
 
@@ -259,9 +254,7 @@ def _prompt(
     words = verbalizer or (base.verbalizer if base else {label: label for label in labels})
     lacking = [label for label in labels if label not in words]
     if lacking:
-        raise ConfigError(
-            f"task.verbalizer has no word for the label {lacking[0]!r}: it has {', '.join(words)}"
-        )
+        raise ConfigError(f"task.verbalizer has no word for the label {lacking[0]!r}: it has {', '.join(words)}")
     return Prompt(template or base.template, words) if base else Prompt(template or "", words)
 
 

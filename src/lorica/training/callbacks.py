@@ -31,9 +31,7 @@ def write_steps(path: JsonLines) -> OnStep:
     return lambda step: path.log(asdict(step))
 
 
-def evaluate_every(
-    eval_steps: int, evaluate: Callable[[], Evaluation], path: JsonLines, say: Console
-) -> OnStep:
+def evaluate_every(eval_steps: int, evaluate: Callable[[], Evaluation], path: JsonLines, say: Console) -> OnStep:
     """Every `eval_steps` steps, the dev split's loss and metrics as a line of `eval_loss.jsonl`."""
 
     def call(step: Step) -> None:
@@ -41,9 +39,7 @@ def evaluate_every(
             return
         found = evaluate()
         values = {name: score.value for name, score in found.metrics.items()}
-        path.log(
-            {"step": step.step, "forwards": step.forwards, "split": found.split, "loss": found.loss, **values}
-        )
+        path.log({"step": step.step, "forwards": step.forwards, "split": found.split, "loss": found.loss, **values})
         figures = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
         say.print(f"step {step.step}  {found.split} loss {found.loss:.4f}  {figures}", highlight=False)
 
@@ -57,9 +53,7 @@ def shown(num_steps: int, logging_steps: int, say: Console) -> Iterator[OnStep]:
         task = progress.add_task("training", total=num_steps, note="")
 
         def call(step: Step) -> None:
-            note = f"loss {step.loss:.4f}  lr {step.learning_rate:.2e}" + (
-                "" if step.applied else "  not applied"
-            )
+            note = f"loss {step.loss:.4f}  lr {step.learning_rate:.2e}" + ("" if step.applied else "  not applied")
             progress.update(task, completed=step.step, note=note)
             if progress.disable and (step.step % logging_steps == 0 or step.step == num_steps):
                 say.print(f"step {step.step}/{num_steps}  {note}  {step.seconds:.1f} s", highlight=False)

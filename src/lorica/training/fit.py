@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +48,9 @@ def fit(
 ) -> int:
     """Train for `num_steps` optimizer steps and return how many were applied.
 
-    `learning_rate` gives the rate of each step from 0 on. A step whose loss or gradient is not finite is not applied, and
-    is told to `on_step` as such; NonFiniteLossError ends the run after 10 of them in a row, or when they are more than
-    5 % of at least 200 steps.
+    `learning_rate` gives the rate of each step from 0 on. A step whose loss or gradient is not finite is not applied,
+    and is told to `on_step` as such; NonFiniteLossError ends the run after 10 of them in a row, or when they are more
+    than 5 % of at least 200 steps.
     """
     begin = time.monotonic()
     forwards = tokens = num_bad = bad_in_a_row = 0
@@ -73,7 +73,7 @@ def fit(
     return num_steps - num_bad
 
 
-def _is_finite(estimate: Estimate, parameters: Sequence[nn.Parameter]) -> bool:
+def _is_finite(estimate: Estimate, parameters: Iterable[nn.Parameter]) -> bool:
     """Whether the loss, the projected gradients and the gradient are all finite."""
     if not all(map(math.isfinite, (estimate.loss, *estimate.projected))):
         return False

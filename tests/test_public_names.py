@@ -1,0 +1,44 @@
+"""What users may import, and what `import lorica` costs them."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import lorica
+
+PUBLIC = """
+Adapter LowRank compress create_adapter extract fit fuse inject load_adapter load_base load_task remove save_adapter
+target_modules unfuse __version__
+""".split()
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(lorica.__all__) == sorted(PUBLIC)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name != "__version__"])
+def test_every_public_name_is_documented(name: str) -> None:
+    assert inspect.getdoc(getattr(lorica, name))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        lorica.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("words", [["--help"], ["list"], ["list", "flags"], ["list", "keys"], ["train", "--help"]])
+def test_help_and_lists_import_nothing_heavy(words: list[str]) -> None:
+    heavy = ("torch", "transformers", "datasets", "numpy", "pyarrow")
+    code = (
+        "import sys\n"
+        "from lorica.cli import app\n"
+        f"try: app({words!r})\n"
+        "except SystemExit: pass\n"
+        f"sys.exit(','.join(name for name in {heavy!r} if name in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]

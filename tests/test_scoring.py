@@ -1,0 +1,211 @@
+"""Scores of padded, batched, shared prompts are those of one option at a time with nothing around it (MATH section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import tiny
+from lorica.errors import LoricaError
+from lorica.evaluation.evaluate import evaluate
+from lorica.evaluation.scoring import Collate, score_all
+from lorica.models import Base
+from lorica.tasks import objectives
+from lorica.tasks.base import Example, Prompt, Task
+from lorica.tasks.batching import ChoiceBatch, collate
+from lorica.tasks.prompting import Choice, Classified, Encoded, encode, option_texts, render
+
+Load = Callable[..., Base]
+
+TEXTS = ("the film", "a", "i saw the film, twice: bad? great!", "good good bad film of the year", "the worst, x")
+ANSWERS = {
+    "one token": {"0": "good", "1": "bad", "2": "great"},
+    "several tokens": {"0": "good", "1": "rather bad", "2": "the great film!"},
+    "all of two tokens": {"0": "good.", "1": "bad.", "2": "great."},
+}
+
+families = pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "t5", "bart"])
+answers = pytest.mark.parametrize("answers", ANSWERS)
+templates = pytest.mark.parametrize("template", ["{text} was", "{text} it was "], ids=["open", "ends in a space"])
+
+
+def choice(answers: str = "several tokens", template: str = "{text} was") -> Task:
+    examples = [Example({"text": text}, index % 3) for index, text in enumerate(TEXTS)]
+    prompt = Prompt(template, ANSWERS[answers])
+    return Task("tiny", "choice", ("0", "1", "2"), ("text",), prompt, ("accuracy",), {"test": examples})
+
+
+def encoded(base: Base, task: Task, max_length: int = 100) -> list[Encoded]:
+    return encode(
+        task, task.splits["test"], base.tokenizer, max_length=max_length, is_encoder_decoder=base.kind == "seq2seq"
+    )
+
+
+def collator(base: Base, *, gold_only: bool = False) -> Collate:
+    start = base.model.config.decoder_start_token_id if base.kind == "seq2seq" else None
+    return partial(collate, pad_token_id=base.tokenizer.pad_token_id, gold_only=gold_only, decoder_start_token_id=start)
+
+
+@torch.no_grad()
+def reference(base: Base, task: Task) -> Tensor:
+    """(n, options): each option alone, batch of one, no padding, all logits, the log-probabilities summed by hand."""
+    assert task.prompt is not None
+    options = option_texts(task.prompt, task.labels)
+    prompts = [render(task.prompt.template, example.fields) for example in task.splits["test"]]
+    alone = _alone_of_encoder_decoder if base.kind == "seq2seq" else _alone_of_decoder
+    return torch.tensor([[alone(base, prompt, option) for option in options] for prompt in prompts])
+
+
+def _alone_of_decoder(base: Base, prompt: str, option: str) -> float:
+    before = base.tokenizer(prompt.rstrip())["input_ids"]
+    whole = base.tokenizer(prompt + option)["input_ids"]
+    assert whole[: len(before)] == before
+    log_p = base.model(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(dim=-1)  # (t, vocabulary)
+    steps = [float(log_p[at - 1, whole[at]]) for at in range(len(before), len(whole))]
+    return sum(steps) / len(steps)
+
+
+def _alone_of_encoder_decoder(base: Base, prompt: str, option: str) -> float:
+    answer = base.tokenizer(option, add_special_tokens=False)["input_ids"]
+    source = torch.tensor([base.tokenizer(prompt)["input_ids"]])
+    written = torch.tensor([[base.model.config.decoder_start_token_id, *answer[:-1]]])
+    log_p = base.model(input_ids=source, decoder_input_ids=written).logits[0].double().log_softmax(dim=-1)
+    return sum(float(log_p[at, token]) for at, token in enumerate(answer)) / len(answer)
+
+
+def assert_scores(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == torch.float32
+    assert float(expected.std()) > 0.1, "all options score alike, so the comparison says nothing"
+    torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=0)
+
+
+@families
+@answers
+@templates
+def test_scores_of_a_batch_are_those_of_each_option_alone(load: Load, family: str, answers: str, template: str) -> None:
+    base, task = load(family), choice(answers, template)
+    batch = collator(base)(encoded(base, task))
+    assert isinstance(batch, ChoiceBatch)
+    assert batch.one_token == (answers == "one token")
+    with torch.no_grad():
+        assert_scores(objectives.scores(base.model, batch), reference(base, task))
+
+
+@families
+@answers
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_score_all_restores_the_order(load: Load, family: str, answers: str, batch_size: int) -> None:
+    base, task = load(family), choice(answers)
+    found = score_all(base.model, encoded(base, task), collator(base), batch_size=batch_size)
+    assert_scores(found, reference(base, task))
+
+
+def test_score_all_scores_in_eval_mode_and_puts_the_modes_back(load: Load) -> None:
+    base, task = load("opt"), choice()
+    base.model.train()
+    base.model.lm_head.eval()
+    modes = [module.training for module in base.model.modules()]
+    state = torch.get_rng_state()
+    assert_scores(score_all(base.model, encoded(base, task), collator(base), batch_size=2), reference_in_eval(base))
+    assert [module.training for module in base.model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def reference_in_eval(base: Base) -> Tensor:
+    modes = {module: module.training for module in base.model.modules()}
+    base.model.eval()
+    found = reference(base, choice())
+    for module, training in modes.items():
+        module.training = training
+    return found
+
+
+@families
+@answers
+def test_the_language_model_loss_is_the_gold_answers(load: Load, family: str, answers: str) -> None:
+    base, task = load(family), choice(answers)
+    rows = encoded(base, task)
+    gold = reference(base, task)[range(len(rows)), [row.label for row in rows]]
+    batch = collator(base, gold_only=True)(rows)
+    with torch.no_grad():
+        torch.testing.assert_close(objectives.losses(base.model, batch, "lm"), -gold.float(), atol=1e-4, rtol=0)
+        mean = objectives.mean_loss(base.model, batch, "lm")
+    assert float(mean) == pytest.approx(-float(gold.mean()), abs=1e-4)
+
+
+def test_the_classification_loss_is_the_cross_entropy_of_the_scores(load: Load) -> None:
+    base, task = load("opt"), choice()
+    batch = collator(base)(encoded(base, task))
+    expected = F.cross_entropy(reference(base, task).float(), batch.labels, reduction="none")
+    with torch.no_grad():
+        torch.testing.assert_close(objectives.losses(base.model, batch, "classification"), expected, atol=1e-4, rtol=0)
+
+
+def classified(base: Base, texts: Sequence[str] = ("text", "more"), max_length: int = 100) -> list[Encoded]:
+    rows = [Example({"text": text, "more": text[::-1]}, index % 3) for index, text in enumerate(TEXTS)]
+    task = Task("tiny", "classification", ("0", "1", "2"), tuple(texts), None, ("accuracy",), {"test": rows})
+    return encode(task, rows, base.tokenizer, max_length=max_length)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("texts", [("text",), ("text", "more")], ids=["one text", "two texts"])
+def test_a_heads_scores_are_those_of_each_example_alone(load: Load, family: str, texts: tuple[str, ...]) -> None:
+    base = load(family)
+    expected = []
+    for text in TEXTS:
+        given = base.tokenizer(*[text if name == "text" else text[::-1] for name in texts], return_tensors="pt")
+        with torch.no_grad():
+            expected.append(base.model(**given).logits[0])
+    found = score_all(base.model, classified(base, texts), collator(base), batch_size=2)
+    assert_scores(found, torch.stack(expected))
+
+
+@families
+def test_truncation_keeps_the_answer_and_the_prompts_end(load: Load, family: str) -> None:
+    base, task = load(family), choice()
+    whole, cut = encoded(base, task), encoded(base, task, max_length=30)
+    for long, short in zip(whole, cut, strict=True):
+        assert isinstance(long, Choice)
+        assert isinstance(short, Choice)
+        assert short.options == long.options
+        assert short.truncated == (long.length > 30)
+        assert short.length <= 30
+        if short.truncated:
+            kept = short.prompts[0][1:] if base.kind == "causal" else short.prompts[0]
+            assert long.prompts[0][-len(kept) :] == kept
+            assert base.kind == "seq2seq" or short.prompts[0][0] == base.tokenizer.bos_token_id
+    assert 0 < sum(row.truncated for row in cut) < len(cut)
+
+
+def test_truncation_of_an_encoders_input_is_counted(load: Load) -> None:
+    base = load("bert")
+    whole, cut = classified(base), classified(base, max_length=30)
+    for long, short in zip(whole, cut, strict=True):
+        assert isinstance(short, Classified)
+        assert short.length <= 30
+        assert short.truncated == (long.length > 30)
+    assert 0 < sum(row.truncated for row in cut) < len(cut)
+
+
+def test_an_evaluation_counts_what_was_truncated(load: Load) -> None:
+    base, task = load("opt"), choice()
+    rows = encoded(base, task, max_length=30)
+    found = evaluate(base.model, task, "test", rows, collator(base), batch_size=2)
+    assert found.num_truncated == sum(row.truncated for row in rows) > 0
+    assert found.metrics["accuracy"].n == len(rows)
+    labels = torch.tensor([row.label for row in rows])
+    assert found.metrics["accuracy"].value == pytest.approx(
+        float((found.scores.argmax(dim=1) == labels).float().mean())
+    )
+    assert found.loss == pytest.approx(float(F.cross_entropy(found.scores, labels)))
+
+
+@pytest.mark.parametrize("family", ["opt", "t5"])
+def test_a_length_that_leaves_no_prompt_is_refused(load: Load, family: str) -> None:
+    with pytest.raises(LoricaError):
+        encoded(load(family), choice(), max_length=3)
