@@ -88,9 +88,7 @@ def _ours(task: str, bucketing: bool, dropout: bool) -> Callable[[int], float]:
     ready = Ready(base, loaded, "cpu", MAX_LENGTH)
     rows = ready.encoded(loaded.splits["train"])
     targets = models.target_modules(base, "standard")
-    live = injection.inject(
-        base.model, injection.create(base.model, targets, rank=RANK, alpha=ALPHA, heads=base.heads)
-    )
+    live = injection.inject(base.model, injection.create(base.model, targets, rank=RANK, alpha=ALPHA, heads=base.heads))
     base.model.train(dropout)
     stream = TrainingStream([row.length for row in rows], BATCH, seed=0, bucketing=bucketing)
     collate = ready.collate()

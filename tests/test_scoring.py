@@ -1,16 +1,16 @@
-"""Scores of padded, batched, shared prompts are those of one option at a time with nothing around it (MATH section 4)."""
+"""Scores of padded batches with shared prompts are those of one option at a time, alone (MATH section 4)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import takewhile
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import tiny
 from lorica.errors import LoricaError
 from lorica.evaluation.evaluate import evaluate
 from lorica.evaluation.scoring import Collate, score_all
@@ -62,11 +62,11 @@ def reference(base: Base, task: Task) -> Tensor:
 
 
 def _alone_of_decoder(base: Base, prompt: str, option: str) -> float:
-    before = base.tokenizer(prompt.rstrip())["input_ids"]
     whole = base.tokenizer(prompt + option)["input_ids"]
-    assert whole[: len(before)] == before
+    prompt_alone = base.tokenizer(prompt)["input_ids"]
+    before = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_alone, whole, strict=False)))
     log_p = base.model(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(dim=-1)  # (t, vocabulary)
-    steps = [float(log_p[at - 1, whole[at]]) for at in range(len(before), len(whole))]
+    steps = [float(log_p[at - 1, whole[at]]) for at in range(before, len(whole))]
     return sum(steps) / len(steps)
 
 
@@ -80,7 +80,7 @@ def _alone_of_encoder_decoder(base: Base, prompt: str, option: str) -> float:
 
 def assert_scores(found: Tensor, expected: Tensor) -> None:
     assert found.dtype == torch.float32
-    assert float(expected.std()) > 0.1, "all options score alike, so the comparison says nothing"
+    assert float(expected.std()) > 0.05, "all options score alike, so the comparison says nothing"
     torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=0)
 
 
@@ -168,13 +168,13 @@ def test_a_heads_scores_are_those_of_each_example_alone(load: Load, family: str,
 @families
 def test_truncation_keeps_the_answer_and_the_prompts_end(load: Load, family: str) -> None:
     base, task = load(family), choice()
-    whole, cut = encoded(base, task), encoded(base, task, max_length=30)
+    whole, cut = encoded(base, task), encoded(base, task, max_length=20)
     for long, short in zip(whole, cut, strict=True):
         assert isinstance(long, Choice)
         assert isinstance(short, Choice)
         assert short.options == long.options
-        assert short.truncated == (long.length > 30)
-        assert short.length <= 30
+        assert short.truncated == (long.length > 20)
+        assert short.length <= 20
         if short.truncated:
             kept = short.prompts[0][1:] if base.kind == "causal" else short.prompts[0]
             assert long.prompts[0][-len(kept) :] == kept
@@ -184,17 +184,17 @@ def test_truncation_keeps_the_answer_and_the_prompts_end(load: Load, family: str
 
 def test_truncation_of_an_encoders_input_is_counted(load: Load) -> None:
     base = load("bert")
-    whole, cut = classified(base), classified(base, max_length=30)
+    whole, cut = classified(base), classified(base, max_length=20)
     for long, short in zip(whole, cut, strict=True):
         assert isinstance(short, Classified)
-        assert short.length <= 30
-        assert short.truncated == (long.length > 30)
+        assert short.length <= 20
+        assert short.truncated == (long.length > 20)
     assert 0 < sum(row.truncated for row in cut) < len(cut)
 
 
 def test_an_evaluation_counts_what_was_truncated(load: Load) -> None:
     base, task = load("opt"), choice()
-    rows = encoded(base, task, max_length=30)
+    rows = encoded(base, task, max_length=20)
     found = evaluate(base.model, task, "test", rows, collator(base), batch_size=2)
     assert found.num_truncated == sum(row.truncated for row in rows) > 0
     assert found.metrics["accuracy"].n == len(rows)

@@ -161,9 +161,9 @@ class DemoConfig(Section):
     """Everything `lorica demo` takes."""
 
     output_dir: str | None = Field(None, description="None: a new folder under runs/")
-    steps: int = Field(300, ge=1, description="steps by backprop, for each task")
+    steps: int = Field(150, ge=1, description="steps by backprop, for each task")
     spsa_steps: int = Field(2000, ge=1, description="steps by spsa, on the one task that is trained both ways")
-    learning_rate: float = Field(6e-3, gt=0)
+    learning_rate: float = Field(1e-2, gt=0)
     spsa_learning_rate: float = Field(1e-2, gt=0)
     epsilon: float = Field(1e-3, gt=0)
     seed: int = 0

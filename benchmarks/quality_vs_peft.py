@@ -1,0 +1,174 @@
+"""Accuracy of LoRA r=8 by lorica and by PEFT, side by side: same model class, data, steps, batch, rate and seeds.
+
+    LORICA_SHARED=FOLDER python benchmarks/quality_vs_peft.py [--models encoder causal] [--seeds 0 1 2]
+
+The encoder is trained with its classification head: PEFT by a HF Trainer. The causal model is asked by the prompt,
+its options scored: PEFT by a plain loop over the same loss. Both are scored on dev.jsonl. Writes a record to
+results/quality_vs_peft.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, TaskType, get_peft_model
+from rich.console import Console
+from torch.nn import functional as F
+
+from lorica import config, files, results, runs
+from lorica.config import ModelConfig, TaskConfig, TrainConfig
+from lorica.evaluation.evaluate import evaluate
+from lorica.runs import Ready
+from lorica.tasks.batching import TrainingStream
+from lorica.tasks.objectives import scores
+
+SHARED = Path(os.environ.get("LORICA_SHARED", "../shared")).resolve()
+STEPS = {"sst2": 500, "emotion": 300, "snips": 300}
+SPLIT = {"sst2": "dev", "emotion": "dev", "snips": "test"}  # the one that is dev.jsonl: SNIPS has no further test file
+MODELS = {"encoder": ("minilm", 1e-3), "causal": ("tinystories3m_chat", 2e-3)}
+PROJECTIONS = {"encoder": ["query", "value"], "causal": ["q_proj", "v_proj"]}
+
+
+def main() -> None:
+    arguments = _arguments()
+    transformers.utils.logging.set_verbosity_error()
+    rows = []
+    for model in arguments.models:
+        for task in STEPS:
+            pairs = [(_lorica(model, task, seed), _peft(model, task, seed)) for seed in arguments.seeds]
+            rows.append(_row(model, task, pairs))
+            print(json.dumps(rows[-1]), flush=True)
+    record = {"what": "dev accuracy, LoRA r=8 alpha=16", "rows": rows, "origin": results.origin(0, "cpu")}
+    Path("results").mkdir(exist_ok=True)
+    files.write_json(Path("results/quality_vs_peft.json"), record)
+
+
+def _row(model: str, task: str, pairs: list[tuple[tuple[float, float], tuple[float, float]]]) -> dict[str, Any]:
+    ours, theirs = [mine for mine, _ in pairs], [other for _, other in pairs]
+    return {
+        "model": model,
+        "task": task,
+        "steps": STEPS[task],
+        "lorica": [round(accuracy, 4) for accuracy, _ in ours],
+        "peft": [round(accuracy, 4) for accuracy, _ in theirs],
+        "difference_of_means": round(
+            statistics.mean(accuracy for accuracy, _ in ours) - statistics.mean(accuracy for accuracy, _ in theirs), 4
+        ),
+        "lorica_seconds": round(statistics.median(seconds for _, seconds in ours), 1),
+        "peft_seconds": round(statistics.median(seconds for _, seconds in theirs), 1),
+    }
+
+
+def _config(model: str, task: str, seed: int, folder: str) -> TrainConfig:
+    name, rate = MODELS[model]
+    return config.check(
+        TrainConfig,
+        {
+            "model": str(SHARED / "models" / name),
+            "task": {"name": task, "path": str(SHARED / "data" / task)},
+            "adapter": {"rank": 8, "alpha": 16},
+            "learning_rate": rate,
+            "max_steps": STEPS[task],
+            "max_grad_norm": 1.0,
+            "eval_split": SPLIT[task],
+            "seed": seed,
+            "output_dir": f"{folder}/run",
+        },
+    )
+
+
+def _lorica(model: str, task: str, seed: int) -> tuple[float, float]:
+    """(accuracy, seconds in the training loop)"""
+    with tempfile.TemporaryDirectory() as folder:
+        trained = runs.train(_config(model, task, seed, folder), Console(quiet=True))
+        seconds = files.read_records(trained.run.training_loss)[-1]["seconds"]
+        return trained.evaluation.metrics["accuracy"].value, seconds
+
+
+def _peft(model: str, task: str, seed: int) -> tuple[float, float]:
+    """The same figures for PEFT, scored by the same evaluation."""
+    name, rate = MODELS[model]
+    transformers.set_seed(seed)
+    ready = runs.prepare(
+        ModelConfig(name=str(SHARED / "models" / name)),
+        TaskConfig(name=task, path=str(SHARED / "data" / task)),
+        "cpu",
+        seed,
+    )
+    ready.base.model.requires_grad_(True)  # as transformers hands it to PEFT
+    kind = TaskType.SEQ_CLS if model == "encoder" else TaskType.CAUSAL_LM
+    wrapped = get_peft_model(ready.base.model, LoraConfig(kind, r=8, lora_alpha=16, target_modules=PROJECTIONS[model]))
+    begin = time.perf_counter()
+    if model == "encoder":
+        _by_trainer(ready, wrapped, STEPS[task], rate, seed)
+    else:
+        _by_plain_loop(ready, wrapped, STEPS[task], rate, seed)
+    seconds = time.perf_counter() - begin
+    wrapped.eval()
+    rows = ready.encoded(ready.task.splits[SPLIT[task]])
+    found = evaluate(wrapped, ready.task, SPLIT[task], rows, ready.collate(), batch_size=64)
+    return found.metrics["accuracy"].value, seconds
+
+
+def _by_trainer(ready: Ready, wrapped: Any, steps: int, rate: float, seed: int) -> None:
+    examples = ready.task.splits["train"]
+    encoded = ready.base.tokenizer([example.fields["text"] for example in examples], truncation=True, max_length=512)
+    rows = [
+        {"input_ids": ids, "attention_mask": mask, "labels": example.label}
+        for ids, mask, example in zip(encoded["input_ids"], encoded["attention_mask"], examples, strict=True)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=16,
+            learning_rate=rate,
+            seed=seed,
+            logging_steps=10_000,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        collator = transformers.DataCollatorWithPadding(ready.base.tokenizer)
+        trainer = transformers.Trainer(wrapped, arguments, collator, rows)
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+
+
+def _by_plain_loop(ready: Ready, wrapped: Any, steps: int, rate: float, seed: int) -> None:
+    rows = ready.encoded(ready.task.splits["train"])
+    stream = TrainingStream([1] * len(rows), 16, seed, bucketing=False)
+    trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    collate = ready.collate()
+    wrapped.train()
+    batches = stream.indices()
+    for _ in range(steps):
+        batch = collate([rows[index] for index in next(batches)])
+        optimizer.zero_grad()
+        F.cross_entropy(scores(wrapped, batch), batch.labels).backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="accuracy of LoRA by lorica and by PEFT")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
