@@ -7,8 +7,8 @@ ratio is taken round by round. Three pairs:
 
 - `defaults`: each as it comes. The Trainer draws batches at random and the encoder's own dropout is on; lorica draws
   batches of similar length and leaves the frozen encoder's dropout off.
-- `same batches`: the same, but both go through the same random batches.
-- `same batches, same dropout`: and both with the encoder's dropout on.
+- `random batches`: the same, but both draw their batches at random, and so pad alike.
+- `random batches, dropout`: and both with the encoder's dropout on.
 
 Writes a record to results/step_time.json.
 """
@@ -48,8 +48,8 @@ def main() -> None:
     rows = {}
     for name, bucketing, dropout in (
         ("defaults", True, False),
-        ("same batches", False, False),
-        ("same batches, same dropout", False, True),
+        ("random batches", False, False),
+        ("random batches, dropout", False, True),
     ):
         rows[name] = _pair(name, arguments.task, arguments.steps, arguments.rounds, bucketing, dropout)
     record = {

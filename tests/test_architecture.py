@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-ROOMS = """
-errors randomness plugins files config results progress adapters models planning tasks evaluation optim training
-card runs demo tables cli
-""".split()
+ROOMS = (
+    *("errors", "randomness", "plugins", "files", "config", "results", "progress"),
+    *("adapters", "models", "planning", "tasks", "evaluation", "optim", "training"),
+    *("card", "runs", "demo", "tables", "cli"),
+)
 PACKAGE = Path(__file__).parents[1] / "src" / "lorica"
 
 

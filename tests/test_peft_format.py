@@ -317,6 +317,7 @@ TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
     "no lora_B": ({A_KEY: torch.ones(2, 5)}, "has no lora_B"),
     "no lora_A": ({B_KEY: torch.ones(6, 2)}, "has no lora_A"),
     "ranks that differ": ({A_KEY: torch.ones(2, 5), B_KEY: torch.ones(6, 3)}, "must be"),
+    "a number": ({A_KEY: torch.tensor(1.0), B_KEY: torch.ones(6, 2)}, "must be"),
     "a vector": ({A_KEY: torch.ones(2), B_KEY: torch.ones(6, 2)}, "must be"),
     "three dimensions": ({A_KEY: torch.ones(2, 5, 1), B_KEY: torch.ones(6, 2)}, "must be"),
     "a convolution": ({A_KEY: torch.ones(2, 5, 1, 1), B_KEY: torch.ones(6, 2, 1, 1)}, "convolution"),

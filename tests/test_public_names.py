@@ -10,10 +10,10 @@ import pytest
 
 import lorica
 
-PUBLIC = """
-Adapter LowRank compress create_adapter extract fit fuse inject load_adapter load_base load_task remove save_adapter
-target_modules unfuse __version__
-""".split()
+PUBLIC = (
+    *("Adapter", "LowRank", "compress", "create_adapter", "extract", "fit", "fuse", "inject", "load_adapter"),
+    *("load_base", "load_task", "remove", "save_adapter", "target_modules", "unfuse", "__version__"),
+)
 
 
 def test_the_public_names_are_these() -> None:

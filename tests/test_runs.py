@@ -17,7 +17,10 @@ from lorica.adapters import peft_format
 from lorica.demo import command, language
 from lorica.errors import LoricaError, NonFiniteLossError
 
-SHORT = "model=demo max_steps=6 batch_size=8 task.num_train=80 task.num_dev=20 task.num_eval=60 logging_steps=3".split()
+SHORT = (
+    *("model=demo", "max_steps=6", "batch_size=8", "logging_steps=3"),
+    *("task.num_train=80", "task.num_dev=20", "task.num_eval=60"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +192,7 @@ def test_a_truncated_adapter_is_told_in_one_line(data: Path, tmp_path: Path, siz
     lorica("train", *SHORT, f"task.path={data / 'topic'}", f"output_dir={run}")
     weights = run / "adapter" / "adapter_model.safetensors"
     os.truncate(weights, size)
-    with pytest.raises(LoricaError, match="truncated|corrupt") as caught:
+    with pytest.raises(LoricaError, match=r"truncated|corrupt") as caught:
         lorica("evaluate", run)
     assert "\n" not in str(caught.value)
 

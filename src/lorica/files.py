@@ -52,7 +52,8 @@ def write_json(path: Path, value: Any) -> None:
 def staged_folder(path: Path) -> Iterator[Path]:
     """A new empty folder to fill; it becomes `path` in one rename when the block ends without an error.
 
-    A folder already at `path` is replaced only then, and is gone only after the new one stands in its place.
+    A folder already at `path` is set aside by a rename, comes back if the new one cannot take its place, and is deleted
+    last. A kill between those two renames leaves both beside `path`, whole, under hidden names.
     """
     staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.staging")
     staging.mkdir(parents=True)
@@ -71,7 +72,12 @@ def _swap_in(staging: Path, path: Path) -> None:
     trash = path.with_name(f".{path.name}.{secrets.token_hex(4)}.trash")
     if path.exists():
         path.rename(trash)
-    staging.rename(path)
+    try:
+        staging.rename(path)
+    except BaseException:
+        if trash.exists():
+            trash.rename(path)
+        raise
     sync_folder(path.parent)
     shutil.rmtree(trash, ignore_errors=True)
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
 from transformers.models.auto import modeling_auto
 
 from lorica import randomness

@@ -19,6 +19,8 @@ def compress(update: LowRank, rank: int | None = None, energy: float | None = No
     """
     if (rank is None) == (energy is None):
         raise ConfigError(f"compress by rank or by energy: one of them, not rank={rank} and energy={energy}")
+    if rank is not None and rank < 0:
+        raise ConfigError(f"rank={rank}: give a rank of 0 or more")
     U, sigma, V = update.svd()
     k = rank_for_energy(sigma, energy) if energy is not None else min(rank or 0, len(sigma))
     root = sigma[:k].sqrt()

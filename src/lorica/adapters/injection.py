@@ -105,6 +105,9 @@ def inject(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> Live:
         _check_fits(model, path, update)
     for path, head in adapter.heads.items():
         _check_head_fits(model, path, head)
+    for path in adapter.updates:
+        if _inside(path, tuple(adapter.heads)):
+            raise AdapterFormatError(f"the adapter updates {path}, which lies in a head that it replaces whole")
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     layers = {path: LoraLinear(model.get_submodule(path), update, dropout) for path, update in adapter.updates.items()}
@@ -164,7 +167,10 @@ def find_targets(model: nn.Module, targets: str | Sequence[str], exclude: Sequen
     if an entry matches nothing or matches something that is not linear.
     """
     entries = [targets] if isinstance(targets, str) else list(targets)
-    paths = [path for path, _ in model.named_modules() if path and not _inside(path, exclude)]
+    if not entries:
+        raise TargetError("adapter.targets is empty: name modules, or a preset (standard, extended, all-linear)")
+    bases = [f"{path}.base" for path, module in model.named_modules() if isinstance(module, LoraLinear)]
+    paths = [path for path, _ in model.named_modules() if path and not _inside(path, (*exclude, *bases))]
     found: dict[str, None] = {}
     for entry in entries:
         matches = [path for path in paths if _matches(path, entry)]
@@ -252,7 +258,10 @@ def _fused_weight(module: nn.Module, path: str, update: LowRank) -> Tensor:
     if not update.is_finite():
         raise ModelError(f"the update of {path} holds NaN or infinity: nothing was fused")
     dense = update.to(torch.float32, weight.device).dense()  # (out, in)
-    return (weight.float() + (dense.T if is_transposed(module) else dense)).to(weight.dtype)
+    fused = (weight.float() + (dense.T if is_transposed(module) else dense)).to(weight.dtype)
+    if not torch.isfinite(fused).all():
+        raise ModelError(f"the fused weight of {path} overflows {weight.dtype}: nothing was fused")
+    return fused
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

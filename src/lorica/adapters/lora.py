@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
@@ -19,12 +21,13 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Module, update: LowRank, dropout: float = 0.0) -> None:
         super().__init__()
-        device = next(base.parameters()).device
+        device = next(chain(base.parameters(), base.buffers())).device  # quantised weights may be buffers
         self.base = base
         self.A = nn.Parameter(update.A.to(device, torch.float32).clone())
         self.B = nn.Parameter(update.B.to(device, torch.float32).clone())
         self.scale = update.scale
         self.dropout = SeededDropout(dropout)
+        self.training = self.dropout.training = base.training
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,8 @@ from lorica.errors import AdapterFormatError, DataError, MissingPathError, Shape
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_LIMIT_BYTES = 1 << 20
-HEADER_LIMIT_BYTES = 25 << 20
+HEADER_LIMIT_BYTES = 8 << 20
+KEY_LIMIT = 1000  # characters
 PREFIX = "base_model.model."
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -62,7 +64,7 @@ def read(folder: Path) -> Adapter:
     shapes = read_header(path)
     declared = _declared_heads(config)
     modules, heads = _sorted_keys(shapes, declared, path)
-    scales = {module: _scale(config, module, shapes[keys["A"]][0]) for module, keys in modules.items()}
+    scales = _scales(config, {module: shapes[keys["A"]][0] for module, keys in modules.items()})
     tensors = _load(path)
     updates = {
         module: LowRank(tensors[keys["A"]], tensors[keys["B"]], scales[module]) for module, keys in modules.items()
@@ -94,16 +96,32 @@ def write(
     """
     if profile == "portable":
         adapter = _portable(adapter, layout or {})
+    if not adapter.is_finite():
+        raise AdapterFormatError("the adapter holds NaN or infinity: nothing was written")
+    adapter = _without_rank_zero(adapter)
+    if task_type == "SEQ_CLS" and not adapter.heads:
+        task_type = None  # under it PEFT insists on a head
     config = _config(adapter, layout, task_type, dropout, fan_in_fan_out)
     tensors = {}
     for path, update in adapter.updates.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = update.A.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = update.B.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = _owned(update.A)
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = _owned(update.B)
     for path, head in adapter.heads.items():
-        tensors |= {f"{PREFIX}{path}.{part}": tensor.detach().cpu().contiguous() for part, tensor in head.items()}
+        tensors |= {f"{PREFIX}{path}.{part}": _owned(tensor) for part, tensor in head.items()}
     with files.staged_folder(folder) as staging:
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         (staging / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """A copy on the CPU: safetensors refuses tensors that share memory."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _without_rank_zero(adapter: Adapter) -> Adapter:
+    """PEFT knows no rank 0: an update of none becomes a zero of rank 1."""
+    updates = {path: _padded(each, 1) if each.rank == 0 else each for path, each in adapter.updates.items()}
+    return Adapter(updates, adapter.heads, adapter.base_model)
 
 
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -121,15 +139,17 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         if isinstance(error, AdapterFormatError):
             raise
         raise AdapterFormatError(f"{path} is corrupt: its header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise AdapterFormatError(f"{path} is corrupt: its header is no table of tensors")
     header.pop("__metadata__", None)
     return {key: _checked_shape(path, key, entry, size_bytes - 8 - length) for key, entry in header.items()}
 
 
 def _checked_shape(path: Path, key: str, entry: Any, data_bytes: int) -> tuple[int, ...]:
     try:
-        shape = tuple(int(size) for size in entry["shape"])
-        start, end = entry["data_offsets"]
-        dtype = entry["dtype"]
+        shape = tuple(operator.index(size) for size in entry["shape"])
+        start, end = map(operator.index, entry["data_offsets"])
+        dtype = str(entry["dtype"])
     except (TypeError, KeyError, ValueError):
         raise AdapterFormatError(f"{path} is corrupt: the header's entry for {key!r} is not a tensor") from None
     if dtype not in ITEM_BYTES:
@@ -160,6 +180,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterFormatError(f"{path}: peft_type is {found!r}, only LORA adapters are read")
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        raise AdapterFormatError(f"{path}: base_model_name_or_path must be a name")
     _refuse_what_is_no_update(path, config)
     return config
 
@@ -189,10 +211,14 @@ def _sorted_keys(
     modules: dict[str, dict[str, str]] = {}
     heads: dict[str, dict[str, str]] = {}
     for key in keys:
+        if len(key) > KEY_LIMIT:
+            raise AdapterFormatError(f"{path}: a key of {len(key)} characters is neither a factor nor a head")
         name = key.removeprefix(PREFIX)
         factor = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?(?:\.weight)?", name)
         if factor:
-            modules.setdefault(factor[1], {})[factor[2]] = key
+            if factor[2] in modules.setdefault(factor[1], {}):
+                raise AdapterFormatError(f"{path}: lora_{factor[2]} of {factor[1]} is given twice")
+            modules[factor[1]][factor[2]] = key
             continue
         if "lora_embedding_" in name:
             raise AdapterFormatError(f"{path}: {key!r} adapts an embedding: only linear modules are read")
@@ -201,7 +227,9 @@ def _sorted_keys(
         head, part = _split_head(name, declared)
         if not head or "base_layer" in name:
             raise AdapterFormatError(f"{path}: {key!r} is neither a factor nor a head named in modules_to_save")
-        heads.setdefault(head, {})[part] = key
+        if part in heads.setdefault(head, {}):
+            raise AdapterFormatError(f"{path}: {head}.{part} is given twice")
+        heads[head][part] = key
     for module, factors in modules.items():
         _check_factors(path, module, [keys[factors[letter]] if letter in factors else None for letter in "AB"])
     return modules, heads
@@ -226,30 +254,45 @@ def _check_factors(path: Path, module: str, shapes: Sequence[tuple[int, ...] | N
         raise AdapterFormatError(f"{path}: {module} is a convolution: only linear modules are read")
     if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
         raise AdapterFormatError(f"{path}: {module} has A {A} and B {B}: they must be (r, in) and (out, r)")
+    if A[0] == 0:
+        raise AdapterFormatError(f"{path}: {module} has rank 0")
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    stated = _by_pattern(config, "rank_pattern", module, config.get("r"))
+def _scales(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """Module -> scale, for modules whose factors have these ranks."""
+    rank_of = _lookup(config, "rank_pattern", config.get("r"))
+    alpha_of = _lookup(config, "alpha_pattern", config.get("lora_alpha"))
+    return {module: _scale(config, module, rank, rank_of(module), alpha_of(module)) for module, rank in ranks.items()}
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int, stated: Any, alpha: Any) -> float:
     if stated != rank:
         raise AdapterFormatError(f"{module} holds factors of rank {rank}, but the config says r={stated!r}")
-    alpha = _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha"))
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or not -1e9 < alpha < 1e9:
         raise AdapterFormatError(f"lora_alpha={alpha!r} for {module}: it must be a number")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def _by_pattern(config: Mapping[str, Any], name: str, module: str, default: Any) -> Any:
+def _lookup(config: Mapping[str, Any], name: str, default: Any) -> Callable[[str], Any]:
+    """The value that a pattern gives a module: the first pattern that matches, found without trying them all."""
     patterns = config.get(name) or {}
     if not isinstance(patterns, dict):
         raise AdapterFormatError(f"{name}={patterns!r} must map module names to numbers")
-    for pattern, value in patterns.items():
+    whole: dict[str, tuple[int, Any]] = {}
+    ends: dict[str, tuple[int, Any]] = {}
+    for order, (pattern, value) in enumerate(patterns.items()):
         literal = pattern.replace("\\.", ".").removesuffix("$")
-        anchored = literal.removeprefix("^")
-        if not re.fullmatch(r"[\w.-]+", anchored):
+        plain = literal.removeprefix("^")
+        if not re.fullmatch(r"[\w.-]+", plain):
             raise AdapterFormatError(f"{name} has {pattern!r}: only plain module names are read, no regex is run")
-        if module == anchored or (anchored == literal and module.endswith("." + literal)):
-            return value
-    return default
+        (ends if plain == literal else whole).setdefault(plain, (order, value))
+
+    def find(module: str) -> Any:
+        parts = module.split(".")
+        found = [ends[end] for end in (".".join(parts[at:]) for at in range(len(parts))) if end in ends]
+        return min([*found, whole.get(module, (len(patterns), default))], key=lambda each: each[0])[1]
+
+    return find
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -274,8 +317,8 @@ def _config(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {path: each for path, each in ranks.items() if each != rank},
-        "alpha_pattern": {path: each for path, each in alphas.items() if each != alpha},
+        "rank_pattern": {_pattern(path, ranks): each for path, each in ranks.items() if each != rank},
+        "alpha_pattern": {_pattern(path, ranks): each for path, each in alphas.items() if each != alpha},
         "lora_dropout": dropout,
         "target_modules": _targets(list(adapter.updates), layout),
         "modules_to_save": list(adapter.heads) or None,
@@ -285,6 +328,11 @@ def _config(
         "use_dora": False,
         "init_lora_weights": True,
     }
+
+
+def _pattern(path: str, paths: Iterable[str]) -> str:
+    """The path as a pattern, anchored where it would match another module's end too."""
+    return f"^{path}" if any(other.endswith("." + path) for other in paths) else path
 
 
 def _alpha(update: LowRank) -> float:

@@ -33,7 +33,8 @@ class ChoiceBatch:
 
     Rows are padded on the left, so the answers' positions are the last ones. Where every option is one token, there is
     one row an example and `targets` (b, options) are the options' tokens. Otherwise an example has a row for each
-    option, `targets` (b · options, L) are its tokens, right-aligned, and -100 where there is none.
+    option, `targets` (b · options, L) are its tokens, right-aligned, and -100 where there is none. An encoder-decoder's
+    prompts are padded on the right, and its targets aligned on the left.
     """
 
     inputs: dict[str, Tensor]
@@ -128,7 +129,9 @@ def _choice_batch(
     else:
         picked = [[row.label] if gold_only else range(len(row.options)) for row in rows]
         pairs = [(row.prompts[i], row.options[i]) for row, which in zip(rows, picked, strict=True) for i in which]
-        targets, _mask = _padded([option for _, option in pairs], -100, left=True)  # (b · options, L)
+        # A decoder of its own starts at position 0, so its answers are left-aligned; a shared one ends with them.
+        left = decoder_start_token_id is None
+        targets, _mask = _padded([option for _, option in pairs], -100, left=left)  # (b · options, L)
     if decoder_start_token_id is None:
         inputs = _decoder_inputs(pairs, pad_token_id)
     else:
@@ -147,15 +150,12 @@ def _decoder_inputs(pairs: Sequence[tuple[Tokens, Tokens]], pad_token_id: int) -
 
 def _encoder_decoder_inputs(pairs: Sequence[tuple[Tokens, Tokens]], pad_token_id: int, start: int) -> dict[str, Tensor]:
     tokens, mask = _padded([prompt for prompt, _ in pairs], pad_token_id, left=False)
-    width = max(1, *(len(option) for _, option in pairs))
-    # Right-aligned like the targets. A shorter option starts late: its start token is repeated in front and masked.
-    written = [(start,) * (width - len(option[:-1])) + option[:-1] for _, option in pairs]
-    shown = [(0,) * (width - 1 - len(option[:-1])) + (1,) * (1 + len(option[:-1])) for _, option in pairs]
+    written, shown = _padded([(start, *option[:-1]) for _, option in pairs], pad_token_id, left=False)
     return {
         "input_ids": tokens,
         "attention_mask": mask,
-        "decoder_input_ids": torch.tensor(written),
-        "decoder_attention_mask": torch.tensor(shown),
+        "decoder_input_ids": written,
+        "decoder_attention_mask": shown,
     }
 
 

@@ -72,7 +72,7 @@ def encode(
     else:
         rows = _encode_joined(prompts, options, tokenizer)
     return [
-        _truncated(Choice(prompts, options, example.label), max_length, tokenizer)
+        _truncated(Choice(prompts, options, example.label), max_length, tokenizer, is_encoder_decoder)
         for (prompts, options), example in zip(rows, examples, strict=True)
     ]
 
@@ -132,7 +132,9 @@ def _split_at(
     tokens: Sequence[int], offsets: Sequence[tuple[int, int]], special: Sequence[int], at: int
 ) -> tuple[Tokens, Tokens]:
     """(prompt, option) tokens; special tokens behind the option (an end token) belong to neither."""
-    first = next(i for i, (_, end) in enumerate(offsets) if end > at)
+    first = next((i for i, (_, end) in enumerate(offsets) if end > at), None)
+    if first is None:
+        raise ConfigError("an option's word has no token of its own: change task.verbalizer")
     last = next(i for i in range(len(tokens), first, -1) if not special[i - 1])
     return tuple(tokens[:first]), tuple(tokens[first:last])
 
@@ -145,18 +147,21 @@ def _encode_apart(
     return [((tuple(ids),) * len(options), answers) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
 
 
-def _truncated(choice: Choice, max_length: int, tokenizer: Any) -> Choice:
-    if choice.length <= max_length:
+def _truncated(choice: Choice, max_length: int, tokenizer: Any, is_encoder_decoder: bool) -> Choice:
+    """The choice in at most `max_length` tokens; an encoder-decoder's options do not take room from the prompt."""
+    longest = 0 if is_encoder_decoder else max(len(option) for option in choice.options)
+    if max(len(prompt) for prompt in choice.prompts) + longest <= max_length:
         return choice
-    longest = max(len(option) for option in choice.options)
+    if max_length - longest < 2:
+        raise ConfigError(f"max_length={max_length} leaves no room for a prompt before an answer of {longest} tokens")
     prompts = tuple(_without_start(prompt, max_length - longest, tokenizer) for prompt in choice.prompts)
     return Choice(prompts, choice.options, choice.label, truncated=True)
 
 
 def _without_start(prompt: Tokens, length: int, tokenizer: Any) -> Tokens:
     """The last tokens of the prompt, behind the start token if it has one."""
-    start = prompt[:1] if prompt[0] == tokenizer.bos_token_id else ()
-    return start + prompt[len(prompt) - (length - len(start)) :]
+    start = prompt[:1] if prompt[:1] == (tokenizer.bos_token_id,) else ()
+    return start + prompt[max(len(start), len(prompt) - (length - len(start))) :]
 
 
 def _encode_texts(task: Task, examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Classified]:
