@@ -2,9 +2,14 @@
 
     LORICA_SHARED=FOLDER python benchmarks/quality_vs_peft.py [--models encoder causal] [--seeds 0 1 2]
 
-The encoder is trained with its classification head: PEFT by a HF Trainer. The causal model is asked by the prompt,
-its options scored: PEFT by a plain loop over the same loss. Both are scored on dev.jsonl. Writes a record to
-results/quality_vs_peft.json.
+Three arms, all scored on dev.jsonl by the same evaluation:
+
+- `lorica`: what `lorica train` reaches with its defaults; `lorica evaluate` must give the same record from its folder.
+- `peft`: PEFT's model in a plain loop over the same batches from the same first factors, the base's own dropout off as
+  lorica leaves it. The two should differ by rounding alone.
+- `peft_trainer` (encoder): PEFT in a HF Trainer as it comes: its own draws, random batches, the base's dropout on.
+
+Writes a record to results/quality_vs_peft.json.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import json
 import os
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +29,8 @@ from peft import LoraConfig, TaskType, get_peft_model
 from rich.console import Console
 from torch.nn import functional as F
 
-from lorica import config, files, results, runs
+from lorica import config, files, models, results, runs
+from lorica.adapters import injection
 from lorica.config import EvaluateConfig, ModelConfig, TaskConfig, TrainConfig
 from lorica.evaluation.evaluate import evaluate
 from lorica.runs import Ready
@@ -40,29 +47,22 @@ PROJECTIONS = {"encoder": ["query", "value"], "causal": ["q_proj", "v_proj"]}
 def main() -> None:
     arguments = _arguments()
     transformers.utils.logging.set_verbosity_error()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for model in arguments.models:
         for task in STEPS:
-            ours = [_lorica(model, task, seed) for seed in arguments.seeds]
-            theirs = [_peft(model, task, seed) for seed in arguments.seeds]
-            rows.append(_row(model, task, ours, theirs))
+            rows.append(_row(model, task, arguments.seeds))
             print(json.dumps(rows[-1]), flush=True)
-    record = {"what": "dev accuracy, LoRA r=8 alpha=16", "rows": rows, "origin": results.origin(0, "cpu")}
-    Path("results").mkdir(exist_ok=True)
-    files.write_json(Path("results/quality_vs_peft.json"), record)
+            record = {"what": "dev accuracy, LoRA r=8 alpha=16", "rows": rows, "origin": results.origin(0, "cpu")}
+            Path("results").mkdir(exist_ok=True)
+            files.write_json(Path("results/quality_vs_peft.json"), record)
 
 
-def _row(model: str, task: str, ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    return {
-        "model": model,
-        "task": task,
-        "steps": STEPS[task],
-        "lorica": [round(accuracy, 4) for accuracy in ours],
-        "peft": [round(accuracy, 4) for accuracy in theirs],
-        "lorica_mean": round(statistics.mean(ours), 4),
-        "peft_mean": round(statistics.mean(theirs), 4),
-        "difference": round(statistics.mean(ours) - statistics.mean(theirs), 4),
-    }
+def _row(model: str, task: str, seeds: Sequence[int]) -> dict[str, Any]:
+    arms = {"lorica": _lorica, "peft": _peft, **({"peft_trainer": _peft_trainer} if model == "encoder" else {})}
+    found = {name: [round(arm(model, task, seed), 4) for seed in seeds] for name, arm in arms.items()}
+    means = {f"{name}_mean": round(statistics.mean(each), 4) for name, each in found.items()}
+    row = {"model": model, "task": task, "steps": STEPS[task], **found, **means}
+    return {**row, "difference": round(means["lorica_mean"] - means["peft_mean"], 4)}
 
 
 def _config(model: str, task: str, seed: int, folder: str) -> TrainConfig:
@@ -94,29 +94,26 @@ def _lorica(model: str, task: str, seed: int) -> float:
 
 
 def _peft(model: str, task: str, seed: int) -> float:
-    """The same figure for PEFT, scored by the same evaluation."""
-    name, rate = MODELS[model]
-    transformers.set_seed(seed)
-    ready = runs.prepare(
-        ModelConfig(name=str(SHARED / "models" / name)),
-        TaskConfig(name=task, path=str(SHARED / "data" / task)),
-        "cpu",
-        seed,
+    """PEFT over the same batches from the same first factors and head."""
+    ready, wrapped = _wrapped(model, task, seed)
+    start = injection.create(
+        models.load(ready.base.name, kind=ready.base.kind, num_labels=len(ready.task.labels), seed=seed).model,
+        models.target_modules(ready.base, "standard"),
+        rank=8,
+        alpha=16,
+        seed=seed,
     )
-    ready.base.model.requires_grad_(True)  # as transformers hands it to PEFT
-    kind = TaskType.SEQ_CLS if model == "encoder" else TaskType.CAUSAL_LM
-    wrapped = get_peft_model(ready.base.model, LoraConfig(kind, r=8, lora_alpha=16, target_modules=PROJECTIONS[model]))
-    if model == "encoder":
-        _by_trainer(ready, wrapped, STEPS[task], rate, seed)
-    else:
-        _by_plain_loop(ready, wrapped, STEPS[task], rate, seed)
-    wrapped.eval()
-    rows = ready.encoded(ready.task.splits[SPLIT[task]])
-    found = evaluate(wrapped, ready.task, SPLIT[task], rows, ready.collate(), batch_size=64)
-    return found.metrics["accuracy"].value
+    modules = dict(wrapped.base_model.model.named_modules())
+    for path, update in start.updates.items():
+        modules[path].lora_A["default"].weight.data.copy_(update.A)
+    _train_plainly(ready, wrapped, STEPS[task], MODELS[model][1], seed)
+    return _accuracy(ready, wrapped, task)
 
 
-def _by_trainer(ready: Ready, wrapped: Any, steps: int, rate: float, seed: int) -> None:
+def _peft_trainer(model: str, task: str, seed: int) -> float:
+    """PEFT in a HF Trainer, as it comes."""
+    transformers.set_seed(seed)
+    ready, wrapped = _wrapped(model, task, seed)
     examples = ready.task.splits["train"]
     encoded = ready.base.tokenizer([example.fields["text"] for example in examples], truncation=True, max_length=512)
     rows = [
@@ -126,9 +123,9 @@ def _by_trainer(ready: Ready, wrapped: Any, steps: int, rate: float, seed: int) 
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             folder,
-            max_steps=steps,
+            max_steps=STEPS[task],
             per_device_train_batch_size=16,
-            learning_rate=rate,
+            learning_rate=MODELS[model][1],
             seed=seed,
             logging_steps=10_000,
             save_strategy="no",
@@ -140,16 +137,34 @@ def _by_trainer(ready: Ready, wrapped: Any, steps: int, rate: float, seed: int) 
         trainer = transformers.Trainer(wrapped, arguments, collator, rows)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
+    return _accuracy(ready, wrapped, task)
 
 
-def _by_plain_loop(ready: Ready, wrapped: Any, steps: int, rate: float, seed: int) -> None:
+def _wrapped(model: str, task: str, seed: int) -> tuple[Ready, Any]:
+    """The same base and task as lorica loads, and PEFT's model over it."""
+    name = str(SHARED / "models" / MODELS[model][0])
+    ready = runs.prepare(ModelConfig(name=name), TaskConfig(name=task, path=str(SHARED / "data" / task)), "cpu", seed)
+    ready.base.model.requires_grad_(True)  # as transformers hands it to PEFT
+    kind = TaskType.SEQ_CLS if model == "encoder" else TaskType.CAUSAL_LM
+    options = LoraConfig(kind, r=8, lora_alpha=16, target_modules=PROJECTIONS[model])
+    return ready, get_peft_model(ready.base.model, options)
+
+
+def _accuracy(ready: Ready, wrapped: Any, task: str) -> float:
+    wrapped.eval()
+    rows = ready.encoded(ready.task.splits[SPLIT[task]])
+    found = evaluate(wrapped, ready.task, SPLIT[task], rows, ready.collate(), batch_size=64)
+    return found.metrics["accuracy"].value
+
+
+def _train_plainly(ready: Ready, wrapped: Any, steps: int, rate: float, seed: int) -> None:
     rows = ready.encoded(ready.task.splits["train"])
-    stream = TrainingStream([1] * len(rows), 16, seed, bucketing=False)
+    stream = TrainingStream([row.length for row in rows], 16, seed)
     trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     collate = ready.collate()
-    wrapped.train()
+    wrapped.eval()
     batches = stream.indices()
     for _ in range(steps):
         batch = collate([rows[index] for index in next(batches)])

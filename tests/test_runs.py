@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lorica import cli, files, runs
+from lorica import cli, config, files, models, runs
 from lorica.adapters import peft_format
 from lorica.demo import command, language
 from lorica.errors import LoricaError, NonFiniteLossError
@@ -41,7 +41,7 @@ def lorica(*words: object) -> str:
 def copy_of_demo(folder: Path) -> Path:
     """The embedded model's files, for a test to spoil."""
     folder.mkdir()
-    for file in runs.models.DEMO_BASE.iterdir():
+    for file in models.DEMO_BASE.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     return folder
 
@@ -55,7 +55,7 @@ def test_a_run_leaves_its_whole_folder(data: Path, tmp_path: Path, trainer: str)
     assert printed.strip().splitlines()[-1] == str(run)
     assert {each.name for each in run.iterdir()} == {
         *("config.yaml", "origin.json", "record.json", "README.md", "adapter", "eval_results_test.json"),
-        *("training_loss.jsonl", "eval_loss.jsonl"),
+        *("training_loss.jsonl", "eval_loss.jsonl", "best_adapter", "trainer_state.json", ".lock"),
     }
     steps = files.read_records(run / "training_loss.jsonl")
     assert [step["step"] for step in steps] == list(range(1, 7))
@@ -129,15 +129,15 @@ def test_a_classification_head_is_trained_and_comes_back(data: Path, tmp_path: P
 def test_zero_steps_leave_the_base_as_it_was(data: Path, tmp_path: Path) -> None:
     words = ["model=demo", f"task.path={data / 'topic'}"]
     lorica("train", *words, "max_steps=0", "task.num_eval=60", f"output_dir={tmp_path / 'run'}")
-    base = runs.evaluate_target(None, runs.config.read(runs.EvaluateConfig, [*words, "task.num_eval=60"]))
+    base = runs.evaluate_target(None, config.read(config.EvaluateConfig, [*words, "task.num_eval=60"]))
     assert json.loads((tmp_path / "run" / "eval_results_test.json").read_text()) == base.as_record()
 
 
 def test_the_portable_profile_is_written_and_read(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     lorica("train", *SHORT, f"task.path={data / 'topic'}", "adapter.profile=portable", f"output_dir={run}")
-    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    assert config["lora_alpha"] == config["r"] == 8 and config["target_modules"] == ["q_proj", "v_proj"]
+    written = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert written["lora_alpha"] == written["r"] == 8 and written["target_modules"] == ["q_proj", "v_proj"]
     lorica("evaluate", run)
 
 
@@ -231,8 +231,8 @@ def test_the_command_exits_2_with_one_line_and_no_traceback(
 
 
 def test_plan_counts_what_training_counts(tmp_path: Path) -> None:
-    found = runs.plan(runs.config.read(runs.PlanConfig, ["model=demo", "adapter.rank=4", "batch_size=2", "length=16"]))
-    base = runs.models.load("demo", kind="causal")
+    found = runs.plan(config.read(config.PlanConfig, ["model=demo", "adapter.rank=4", "batch_size=2", "length=16"]))
+    base = models.load("demo", kind="causal")
     assert found.num_parameters == sum(parameter.numel() for parameter in base.model.parameters())
     by_backprop, by_spsa, full = found.ways
     assert by_backprop.num_trainable == 8 * 4 * (128 + 128)

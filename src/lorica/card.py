@@ -28,7 +28,8 @@ A LoRA adapter of rank {rank} (alpha {alpha:g}) on {num_modules} modules ({modul
 {forwards:,} forward passes and {tokens:,} tokens in {seconds:.1f} s. The loss went from {first_loss:.4f} (mean of the
 first tenth of the steps) to {last_loss:.4f} (mean of the last). {examples}
 
-Everything that was set is in `config.yaml`, every step in `training_loss.jsonl`, versions and command in `origin.json`.
+{rounds}Everything that was set is in `config.yaml`, every step in `training_loss.jsonl`, versions and command in
+`origin.json`.
 
 ## How to use it
 
@@ -57,12 +58,14 @@ def run_card(
     kind: str,
     num_labels: int,
     modules: Sequence[str],
+    rank: int,
     heads: Sequence[str],
     num_parameters: int,
     num_examples: Mapping[str, int],
     evaluation: Mapping[str, Any],
     losses: Sequence[float],
     last_step: Mapping[str, Any],
+    rounds: Sequence[Mapping[str, Any]],
     folder: str,
 ) -> str:
     """The card of one training run, as Markdown; every figure comes from the run's own record."""
@@ -75,7 +78,7 @@ def run_card(
     return TEMPLATE.format(
         base_model=base_model,
         title=f"{task} on {base_model.rstrip('/').rpartition('/')[2]}",
-        rank=config["adapter"]["rank"],
+        rank=rank,
         alpha=config["adapter"]["alpha"],
         num_modules=len(modules),
         modules=", ".join(names),
@@ -97,7 +100,20 @@ def run_card(
         first_loss=sum(losses[:tenth]) / tenth if losses else float("nan"),
         last_loss=sum(losses[-tenth:]) / tenth if losses else float("nan"),
         examples="Examples: " + ", ".join(f"{count} {split}" for split, count in num_examples.items()) + ".",
+        rounds=_rounds(rounds),
         folder=folder,
         kind=kind,
         num_labels=f", num_labels={num_labels}" if kind == "classification" else "",
+    )
+
+
+def _rounds(rounds: Sequence[Mapping[str, Any]]) -> str:
+    if not rounds:
+        return ""
+    accepted = sum(each["accepted"] for each in rounds)
+    back = sum(each["rolled_back"] for each in rounds)
+    return (
+        f"It is a chain of {accepted} boosters, laid on one after the other in {len(rounds)} rounds "
+        f"({len(rounds) - accepted} rejected, {back} rolled back to their best): `ledger.jsonl` has a line for each, "
+        "`boosters/` their factors.\n\n"
     )

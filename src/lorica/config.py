@@ -57,9 +57,9 @@ class TaskConfig(Section):
 
 
 class AdapterConfig(Section):
-    kind: Literal["lora"] = "lora"
-    rank: int = Field(8, ge=1)
-    alpha: float | None = Field(None, gt=0, description="scale is alpha / rank; None: twice the rank")
+    kind: Literal["lora", "xgblora"] = Field("lora", description="xgblora: boosting, see the keys boosting.*")
+    rank: int | None = Field(None, ge=1, description="None: 8, or 1 under xgblora")
+    alpha: float | None = Field(None, gt=0, description="scale = alpha / rank; None: 2 · rank, or rank")
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | list[str] = Field("standard", description="standard | extended | all-linear | names | a regex")
     init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
@@ -71,6 +71,29 @@ class AdapterConfig(Section):
         if (self.init == "gaussian") != (self.init_std is not None):
             raise ValueError("adapter.init=gaussian and adapter.init_std=STD go together: give both or neither")
         return self
+
+
+class BoostingConfig(Section):
+    """How adapter.kind=xgblora boosts. The one rule in force: steps if given, else adaptive if on, else epochs."""
+
+    steps_per_iteration: int | None = Field(None, ge=1, description="a round is so many optimizer steps")
+    use_adaptive_merge: bool = Field(False, description="a round ends when the smoothed loss stops improving")
+    merge_frequency: int | None = Field(None, ge=1, description="a round is so many epochs; None: 1")
+    patience: int = Field(100, ge=0, description="steps without an improvement; 0: only the run's end ends a round")
+    ema_beta: float = Field(0.9, ge=0, lt=1, description="smoothing of the raw loss; 0: none")
+    improvement_threshold: float = Field(0.01, ge=0)
+    best_scope: Literal["round", "run"] = "round"
+    roll_back_on_patience_alone: bool = False
+    judge: Literal["none", "probe"] = Field("none", description="probe: lay on only what improves a held-out batch")
+    probe_size: int = Field(64, ge=8, description="examples cut off the training data for the probe")
+    probe_k: float = Field(1.0, ge=0, description="standard errors by which the probe must improve")
+    shrinkage: float = Field(1.0, gt=0, le=1)
+    ranks: list[int] | None = Field(None, description="rank of each round; the last one goes on")
+    train_factors: Literal["both", "B"] = "both"
+    layer_fraction: float = Field(1.0, gt=0, le=1, description="share of the modules, drawn anew each round")
+    orthogonal: bool = Field(False, description="draw A orthogonal to the boosters so far")
+    rewarm: bool = Field(False, description="run the learning rate's schedule anew in each round")
+    ensemble: bool = Field(False, description="run the boosters beside the weights instead of fusing them")
 
 
 class ZerothOrderConfig(Section):
@@ -93,6 +116,7 @@ class TrainConfig(Section):
     model: Model = ModelConfig()
     task: Task = TaskConfig()
     adapter: AdapterConfig = AdapterConfig()
+    boosting: BoostingConfig = BoostingConfig()
     trainer: Literal["backprop", "spsa"] = "backprop"
     zo: ZerothOrderConfig = ZerothOrderConfig()
     train_as: Literal["auto", "classification", "lm"] = "auto"
@@ -112,9 +136,12 @@ class TrainConfig(Section):
     eval_steps: int | None = Field(None, ge=1, description="evaluate on dev every so many steps")
     eval_split: Literal["dev", "test"] = "test"
     logging_steps: int = Field(10, ge=1, description="how often a line is printed where there is no progress bar")
+    save_steps: int | None = Field(500, ge=1, description="a checkpoint every so many steps; null: none")
     seed: int = 0
     device: str = "auto"
     output_dir: str | None = None
+    resume: str | None = Field(None, description="a run folder: go on from its newest checkpoint, with its config")
+    force: bool = Field(False, description="resume although config, model or data have changed")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -122,9 +149,21 @@ class TrainConfig(Section):
             raise ValueError("max_steps and num_epochs are both given: a run has one length, drop one of them")
         return self
 
+    @model_validator(mode="after")
+    def _boosting_is_used(self) -> TrainConfig:
+        unused = sorted(self.boosting.model_fields_set) if self.adapter.kind != "xgblora" else []
+        if unused and self.boosting != BoostingConfig():
+            raise ValueError(
+                f"boosting.{unused[0]} is set, and adapter.kind={self.adapter.kind} does not boost: "
+                "add adapter.kind=xgblora (--xgblora), or drop it"
+            )
+        return self
+
     def resolved(self) -> TrainConfig:
         """The same config with every default that depends on another key filled in."""
-        zeroth_order = self.trainer == "spsa"
+        zeroth_order, boosted = self.trainer == "spsa", self.adapter.kind == "xgblora"
+        rank = self.adapter.rank or (1 if boosted else 8)
+        alpha = self.adapter.alpha or (1.0 if boosted else 2.0) * rank
         steps = 1000 if self.max_steps is None and self.num_epochs is None else self.max_steps
         return self.model_copy(
             update={
@@ -132,7 +171,7 @@ class TrainConfig(Section):
                 "schedule": self.schedule or ("constant" if zeroth_order else "linear"),
                 "learning_rate": (1e-4 if zeroth_order else 1e-3) if self.learning_rate is None else self.learning_rate,
                 "max_steps": steps,
-                "adapter": self.adapter.model_copy(update={"alpha": self.adapter.alpha or 2.0 * self.adapter.rank}),
+                "adapter": self.adapter.model_copy(update={"rank": rank, "alpha": alpha}),
             }
         )
 
@@ -186,6 +225,13 @@ FLAGS: dict[str, Flag] = {
     "lora_r": Flag("adapter.rank"),
     "lora_alpha": Flag("adapter.alpha"),
     "lora_dropout": Flag("adapter.dropout"),
+    "xgblora": Flag("adapter.kind", constant="xgblora"),
+    "xgblora_steps_per_iteration": Flag("boosting.steps_per_iteration"),
+    "xgblora_merge_frequency": Flag("boosting.merge_frequency"),
+    "xgblora_use_adaptive_merge": Flag("boosting.use_adaptive_merge"),
+    "xgblora_patience": Flag("boosting.patience"),
+    "xgblora_ema_beta": Flag("boosting.ema_beta"),
+    "xgblora_improvement_threshold": Flag("boosting.improvement_threshold"),
     "zo_eps": Flag("zo.epsilon"),
     "zo_num_perturbations": Flag("zo.num_directions"),
     "load_float16": Flag("model.dtype", constant="float16"),

@@ -58,3 +58,21 @@ class NonFiniteLossError(LoricaError, ArithmeticError):
 
 class MissingExtraError(LoricaError, ImportError):
     """An optional library is needed and not installed."""
+
+
+class ResumeError(LoricaError, ValueError):
+    """A checkpoint that was made with another config, other data or another base model."""
+
+
+class FolderInUseError(LoricaError, BlockingIOError):
+    """Another process is working in the run folder."""
+
+    exit_code = 75
+
+
+class InterruptedRunError(LoricaError, InterruptedError):
+    """A signal stopped the run; its state has been saved."""
+
+    def __init__(self, message: str, signal: int | None = None) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + (signal or 0)

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import stat
 import time
 import unicodedata
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lorica.errors import DataError, MissingPathError, OutputExistsError
+from lorica.errors import DataError, FolderInUseError, MissingPathError, OutputExistsError
 
 Record = Mapping[str, Any]
 
@@ -117,6 +118,32 @@ def claim_folder(path: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Hold the folder against a second process. The kernel lets go when the holder dies. Raises FolderInUseError."""
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+            raise FolderInUseError(f"{path} is in use by {holder}: wait for it, or stop it") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file. Raises MissingPathError or DataError."""
+    with open_regular(path) as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON: {error}") from None
+
+
 def slug(name: str, limit: int = 80) -> str:
     """`name` as one safe path component: letters, digits, '.', '_' and '-', never empty, never hidden."""
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
@@ -145,7 +172,7 @@ def open_regular(path: Path, limit_bytes: int | None = None) -> BinaryIO:
 
 def append_record(path: Path, record: Record) -> None:
     """Append one JSON line, whole: one write under a lock, after a torn line of a killed writer is cut away."""
-    line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    line = record_line(record).encode()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -153,6 +180,11 @@ def append_record(path: Path, record: Record) -> None:
         os.write(descriptor, line)
     finally:
         os.close(descriptor)
+
+
+def record_line(record: Record) -> str:
+    """The record as the one line that it is in a JSON Lines file."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _cut_torn_tail(descriptor: int) -> None:

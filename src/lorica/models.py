@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -169,6 +170,16 @@ def longest_input(base: Base) -> int:
 def is_transposed(base: Base, paths: Iterable[str]) -> bool:
     """Whether one of the modules keeps its weight as (in, out), which PEFT's config must say (fan_in_fan_out)."""
     return any(lora.is_transposed(base.model.get_submodule(path)) for path in paths)
+
+
+def fingerprint(base: Base) -> str:
+    """A hash of the base's parameters: names, shapes, dtypes and a sample of 64 numbers of each."""
+    digest = hashlib.sha256()
+    for name, parameter in base.model.state_dict().items():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def choose_device(device: str) -> str:

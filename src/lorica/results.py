@@ -60,6 +60,18 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def best_adapter(self) -> Path:
+        return self.path / "best_adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def trainer_state(self) -> Path:
+        return self.path / "trainer_state.json"
+
+    @property
     def evaluations(self) -> Path:
         return self.path / "evaluations.jsonl"
 

@@ -29,7 +29,12 @@ def evaluations(found: Sequence[tuple[str, Evaluation]]) -> Table:
             score = evaluation.metrics.get(metric)
             cells.append(f"{score.value:.4f} [{score.low:.3f}, {score.high:.3f}]" if score else "")
         table.add_row(
-            *(escape(name), escape(evaluation.task), evaluation.split, str(len(evaluation.scores))),
+            *(
+                escape(name),
+                escape(evaluation.task),
+                evaluation.split,
+                str(max(each.n for each in evaluation.metrics.values())),
+            ),
             *(escape(cell) for cell in cells),
             f"{evaluation.loss:.4f}",
         )

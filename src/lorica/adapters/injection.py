@@ -69,6 +69,22 @@ def initial_A(rank: int, width: int, init: Init, std: float | None, generator: t
     return torch.linalg.qr(drawn.T)[0].T.contiguous()
 
 
+def orthogonal_to(new: Adapter, chain: Adapter) -> Adapter:
+    """`new` with its A's rows made orthogonal to the rows of the chain's A, at their old length.
+
+    A module whose input space the chain already fills keeps its draw.
+    """
+    updates = {}
+    for path, update in new.updates.items():
+        A = update.A
+        if path in chain.updates and chain.updates[path].rank + update.rank <= A.shape[1]:
+            Q = torch.linalg.qr(chain.updates[path].A.double().T)[0]  # (in, K)
+            left = A.double() - (A.double() @ Q) @ Q.T
+            A = (left * (A.double().norm(dim=1) / left.norm(dim=1)).unsqueeze(1)).to(A.dtype)
+        updates[path] = LowRank(A, update.B, update.scale)
+    return Adapter(updates, new.heads, new.base_model)
+
+
 @dataclass(frozen=True)
 class Live:
     """An adapter on a model: its live layers and heads, and what stood in their place."""
@@ -88,6 +104,20 @@ class Live:
         """Switch the adapter's own dropout; the base model's mode is left as it is."""
         for layer in self.layers.values():
             layer.training = layer.dropout.training = training
+
+    def train_only(self, factors: str) -> None:
+        """Freeze A where `factors` is B: at B = 0 no gradient reaches A anyway. `both` trains both."""
+        for layer in self.layers.values():
+            layer.A.requires_grad_(factors == "both")
+
+    @torch.no_grad()
+    def put(self, adapter: Adapter) -> None:
+        """Write an adapter's factors and heads into the live parameters; it must have the same modules and ranks."""
+        for path, layer in self.layers.items():
+            layer.A.copy_(adapter.updates[path].A)
+            layer.B.copy_(adapter.updates[path].B)
+        for path, head in self.heads.items():
+            head.load_state_dict(dict(adapter.heads[path]))
 
     def set_dropout_generator(self, generator: torch.Generator) -> None:
         """Let every layer's dropout draw from `generator`."""

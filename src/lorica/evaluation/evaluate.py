@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ class Evaluation:
     split: Split
     loss: float
     metrics: dict[str, Score]
-    scores: Tensor  # (n, options)
     num_truncated: int
+    scores: Tensor | None = None  # (n, options)
 
     def as_record(self) -> dict[str, Any]:
         return {
@@ -34,6 +34,12 @@ class Evaluation:
             "metrics": {name: score.as_record() for name, score in self.metrics.items()},
             "num_truncated": self.num_truncated,
         }
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Evaluation:
+        """An evaluation read back from its record, without the examples' scores."""
+        metrics = {name: Score(**score) for name, score in record["metrics"].items()}
+        return cls(record["task"], record["split"], record["loss"], metrics, record["num_truncated"])
 
 
 def evaluate(

@@ -13,41 +13,24 @@ from lorica.progress import bar
 from lorica.training.fit import Step
 from lorica.training.trackers import JsonLines
 
-OnStep = Callable[[Step], None]
+Watch = Callable[[Step], None]
 
 
-def on_each(*callbacks: OnStep) -> OnStep:
-    """One callback that calls each of these, in order."""
-
-    def call(step: Step) -> None:
-        for callback in callbacks:
-            callback(step)
-
-    return call
-
-
-def write_steps(path: JsonLines) -> OnStep:
+def write_steps(path: JsonLines) -> Watch:
     """Every step as a line of `training_loss.jsonl`."""
     return lambda step: path.log(asdict(step))
 
 
-def evaluate_every(eval_steps: int, evaluate: Callable[[], Evaluation], path: JsonLines, say: Console) -> OnStep:
-    """Every `eval_steps` steps, the dev split's loss and metrics as a line of `eval_loss.jsonl`."""
-
-    def call(step: Step) -> None:
-        if step.step % eval_steps:
-            return
-        found = evaluate()
-        values = {name: score.value for name, score in found.metrics.items()}
-        path.log({"step": step.step, "forwards": step.forwards, "split": found.split, "loss": found.loss, **values})
-        figures = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        say.print(f"step {step.step}  {found.split} loss {found.loss:.4f}  {figures}", highlight=False)
-
-    return call
+def tell_evaluation(step: Step, found: Evaluation, path: JsonLines, say: Console) -> None:
+    """An evaluation during training, as a line of `eval_loss.jsonl` and a line for the person."""
+    values = {name: score.value for name, score in found.metrics.items()}
+    path.log({"step": step.step, "forwards": step.forwards, "split": found.split, "loss": found.loss, **values})
+    figures = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+    say.print(f"step {step.step}  {found.split} loss {found.loss:.4f}  {figures}", highlight=False)
 
 
 @contextlib.contextmanager
-def shown(num_steps: int, logging_steps: int, say: Console) -> Iterator[OnStep]:
+def shown(num_steps: int, logging_steps: int, say: Console) -> Iterator[Watch]:
     """A progress bar on a terminal; otherwise a plain line every `logging_steps` steps."""
     with bar() as progress:
         task = progress.add_task("training", total=num_steps, note="")

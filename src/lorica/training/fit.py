@@ -18,6 +18,7 @@ from lorica.tasks.objectives import LossModule
 
 NUM_BAD_IN_A_ROW = 10
 BAD_SHARE = 0.05
+MAX_STEPS = "max_steps"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,21 @@ class Step:
     applied: bool = True
 
 
+@dataclass
+class Progress:
+    """How far a run has come. `fit` moves it on; a checkpoint keeps it."""
+
+    step: int = 0
+    forwards: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    num_bad: int = 0
+    bad_in_a_row: int = 0
+
+
+OnStep = Callable[[Step], str | None]
+
+
 def fit(
     objective: LossModule,
     trainable: Mapping[str, nn.Parameter],
@@ -42,35 +58,36 @@ def fit(
     optimizer: torch.optim.Optimizer,
     learning_rate: Callable[[int], float],
     num_steps: int,
+    progress: Progress | None = None,
     batches_per_step: int = 1,
     max_grad_norm: float | None = None,
-    on_step: Callable[[Step], None] = lambda step: None,
-) -> int:
-    """Train for `num_steps` optimizer steps and return how many were applied.
+    on_step: OnStep = lambda step: None,
+) -> str:
+    """Train from `progress` to step `num_steps`, or until `on_step` returns a reason to stop; returns the reason.
 
     `learning_rate` gives the rate of each step from 0 on. A step whose loss or gradient is not finite is not applied,
     and is told to `on_step` as such; NonFiniteLossError ends the run after 10 of them in a row, or when they are more
     than 5 % of at least 200 steps.
     """
-    begin = time.monotonic()
-    forwards = tokens = num_bad = bad_in_a_row = 0
-    for step in range(num_steps):
-        rate = learning_rate(step)
+    progress = progress if progress is not None else Progress()
+    begin = time.monotonic() - progress.seconds
+    while progress.step < num_steps:
+        rate = learning_rate(progress.step)
         taken = [next(batches) for _ in range(batches_per_step)]
-        estimate = estimator(objective, trainable, taken, step)
+        estimate = estimator(objective, trainable, taken, progress.step)
         applied = _is_finite(estimate, trainable.values())
         if applied:
             if max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(trainable.values(), max_grad_norm)
             set_learning_rate(optimizer, rate)
             optimizer.step()
-        bad_in_a_row = 0 if applied else bad_in_a_row + 1
-        num_bad += not applied
-        forwards += estimate.num_forwards
-        tokens += sum(batch.num_tokens for batch in taken)
-        on_step(Step(step + 1, estimate.loss, rate, forwards, tokens, time.monotonic() - begin, applied))
-        _stop_if_hopeless(step + 1, num_bad, bad_in_a_row, rate)
-    return num_steps - num_bad
+        _move_on(progress, estimate, taken, applied)
+        progress.seconds = time.monotonic() - begin
+        reason = on_step(_told(progress, estimate.loss, rate, applied))
+        if reason is not None:
+            return reason
+        _stop_if_hopeless(progress, rate)
+    return MAX_STEPS
 
 
 def _is_finite(estimate: Estimate, parameters: Iterable[nn.Parameter]) -> bool:
@@ -81,9 +98,22 @@ def _is_finite(estimate: Estimate, parameters: Iterable[nn.Parameter]) -> bool:
     return bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
 
 
-def _stop_if_hopeless(num_steps: int, num_bad: int, bad_in_a_row: int, rate: float) -> None:
-    if bad_in_a_row >= NUM_BAD_IN_A_ROW or (num_steps >= 200 and num_bad > BAD_SHARE * num_steps):
+def _move_on(progress: Progress, estimate: Estimate, taken: list[Batch], applied: bool) -> None:
+    progress.step += 1
+    progress.forwards += estimate.num_forwards
+    progress.tokens += sum(batch.num_tokens for batch in taken)
+    progress.num_bad += not applied
+    progress.bad_in_a_row = 0 if applied else progress.bad_in_a_row + 1
+
+
+def _told(progress: Progress, loss: float, rate: float, applied: bool) -> Step:
+    return Step(progress.step, loss, rate, progress.forwards, progress.tokens, progress.seconds, applied)
+
+
+def _stop_if_hopeless(progress: Progress, rate: float) -> None:
+    too_many = progress.step >= 200 and progress.num_bad > BAD_SHARE * progress.step
+    if progress.bad_in_a_row >= NUM_BAD_IN_A_ROW or too_many:
         raise NonFiniteLossError(
-            f"the loss was NaN or infinite in {num_bad} of {num_steps} steps (none of them was applied): lower "
-            f"learning_rate={rate:g}, or load the model in float32"
+            f"the loss was NaN or infinite in {progress.num_bad} of {progress.step} steps (none of them was applied): "
+            f"lower learning_rate={rate:g}, or load the model in float32"
         )
