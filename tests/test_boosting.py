@@ -20,7 +20,8 @@ from lorica.adapters.adapter import Adapter
 from lorica.adapters.delta import LowRank
 from lorica.config import TrainConfig
 from lorica.demo import language
-from lorica.errors import AdapterFormatError
+from lorica.errors import AdapterFormatError, LoricaError
+from lorica.evaluation.evaluate import Evaluation
 from lorica.models import Base
 from lorica.training.boosting import Foundation, improves
 from lorica.training.ledger import Entry, Ledger
@@ -292,3 +293,50 @@ def test_a_large_scale_under_spsa_is_warned_of(data: Path, tmp_path: Path) -> No
     assert any(line.startswith("round 0 ended at step 2 (steps)") for line in said)
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert state["step"] == 2 and state["num_rounds"] == 1
+
+
+def test_activation_informed_boosters_read_new_directions(data: Path, tmp_path: Path) -> None:
+    words = ("max_steps=6", "boosting.steps_per_iteration=2", "adapter.init=activations", "boosting.train_factors=B")
+    ledger = Ledger.open(train(data, tmp_path / "run", "adapter.kind=xgblora", *words))
+    base = models.load("demo", kind="causal")
+    path = next(iter(ledger.boosters[0].updates))
+    A: Tensor = ledger.chain().updates[path].A
+    assert torch.allclose(A @ A.T, torch.eye(3), atol=1e-5)
+    rows: list[Tensor] = []
+    hook = base.model.get_submodule(path).register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0][0]))
+    with torch.no_grad():
+        base.model(torch.randint(0, 500, (1, 64), generator=torch.Generator().manual_seed(0)))
+    hook.remove()
+    random = torch.nn.functional.normalize(
+        torch.randn(1, A.shape[1], generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    assert (rows[0] @ A[:1].T).norm() > 2 * (rows[0] @ random.T).norm()
+
+
+@pytest.mark.parametrize("kind", ["choice", "classification"])
+def test_an_export_is_the_run_in_another_form(data: Path, tmp_path: Path, kind: str) -> None:
+    words = ("max_steps=18", "boosting.steps_per_iteration=3", f"task.kind={kind}")
+    run = train(data, tmp_path / "run", "adapter.kind=xgblora", *words)
+    whole = Ledger.open(run).chain()
+
+    def exported(name: str, *options: str) -> runs.Exported:
+        return runs.export(str(run), config.read(config.ExportConfig, [f"output_dir={tmp_path / name}", *options]))
+
+    part = exported("part", "rounds=3", "drop=[1]")
+    assert (part.rank, part.num_boosters, part.total_error) == (2, 2, 0.0)
+    small = exported("small", "rank=2")
+    error = (peft_format.read(tmp_path / "small") - Adapter(whole.updates)).norm() / whole.norm()
+    assert small.total_error == pytest.approx(error, rel=1e-4) and 0 < small.total_error <= small.worst_error
+    exported("model", "fuse=true")
+    fused = evaluated(f"model={tmp_path / 'model'}", data, kind)
+    live = evaluated(str(run), data, kind)
+    assert fused.loss == pytest.approx(live.loss, rel=1e-4)
+    with pytest.raises(LoricaError, match="nothing is written over"):
+        exported("part")
+
+
+def evaluated(target: str, data: Path, kind: str) -> Evaluation:
+    task = (f"task.path={data / 'topic'}", f"task.kind={kind}", "task.num_eval=40")
+    if target.startswith("model="):
+        return runs.evaluate_target(None, config.read(config.EvaluateConfig, [target, *task]))
+    return runs.evaluate_target(target, config.read(config.EvaluateConfig, []))

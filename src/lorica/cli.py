@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from lorica import __version__
-from lorica.errors import LoricaError
+from lorica.errors import ConfigError, LoricaError
 
 app = typer.Typer(
     name="lorica",
@@ -71,6 +71,21 @@ def evaluate(context: typer.Context) -> None:
     given = config.read(config.EvaluateConfig, context.args[len(targets) :])
     found = [(target or "base", runs.evaluate_target(target, given)) for target in targets or [None]]
     OUT.print(tables.evaluations(found))
+
+
+@app.command(context_settings=WORDS)
+def export(context: typer.Context) -> None:
+    """Write a run's adapter for other programs: lorica export RUN output_dir=DIR rank=8 profile=portable fuse=true."""
+    from lorica import config, runs
+
+    targets = _leading(context.args)
+    if len(targets) != 1:
+        raise ConfigError(f"export takes one run, and was given {len(targets)}: lorica export RUN output_dir=DIR")
+    done = runs.export(targets[0], config.read(config.ExportConfig, context.args[1:]))
+    boosters = f", {done.num_boosters} boosters" if done.num_boosters else ""
+    lost = f"; relative error {done.total_error:.4f} in all, {done.worst_error:.4f} in the worst module"
+    OUT.print(f"rank {done.rank}{boosters}{lost if done.worst_error else ', exact'}", highlight=False)
+    OUT.print(str(done.folder), highlight=False, soft_wrap=True)
 
 
 @app.command(context_settings=WORDS)

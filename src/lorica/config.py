@@ -62,7 +62,7 @@ class AdapterConfig(Section):
     alpha: float | None = Field(None, gt=0, description="scale = alpha / rank; None: 2 · rank, or rank")
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | list[str] = Field("standard", description="standard | extended | all-linear | names | a regex")
-    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "orthogonal", "activations"] = "kaiming"
     init_std: float | None = Field(None, gt=0, description="standard deviation of init=gaussian")
     profile: Literal["peft", "portable"] = Field("peft", description="how the adapter folder is written")
 
@@ -194,6 +194,18 @@ class PlanConfig(Section):
     batch_size: int = Field(16, ge=1)
     length: int = Field(128, ge=1, description="tokens in a row")
     optimizer: Literal["adamw", "sgd", "momentum"] = "adamw"
+
+
+class ExportConfig(Section):
+    """Everything `lorica export` takes beside the run."""
+
+    output_dir: str
+    rounds: int | None = Field(None, ge=1, description="the first so many boosters alone")
+    drop: list[int] = Field([], description="rounds to leave out")
+    rank: int | None = Field(None, ge=1, description="compress to this rank")
+    energy: float | None = Field(None, gt=0, le=1, description="compress to the least rank that keeps this share")
+    profile: Literal["peft", "portable"] = "peft"
+    fuse: bool = Field(False, description="write a whole model with the adapter fused into its weights")
 
 
 class DemoConfig(Section):
