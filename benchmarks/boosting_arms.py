@@ -5,7 +5,6 @@
 Arms: LoRA r=8 and r=1, XGBLoRA (rank-1 boosters, scale 1) whose rounds end by steps, adaptively, or by steps with the
 probe as judge. Each arm's learning rate is the best of one grid on dev at the first seed; test is scored at that rate
 alone, once a seed. Writes a record to results/boosting_arms.json.
-a seed. Writes a record to results/boosting_arms.json.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import tiny
 from lorica import cli, config, files, models, runs
 from lorica.adapters import peft_format
 from lorica.demo import command, language
@@ -247,3 +249,25 @@ def test_the_demo_runs_and_prints_its_folder_last(tmp_path: Path, capsys: pytest
     assert "average of all four" in printed.replace("\n", " ") or "average" in printed
     trained = {each.parent.name for each in (tmp_path / "demo").glob("*/adapter")}
     assert trained == {*(f"{task}-backprop" for task in language.TASKS), f"{command.BOTH_WAYS}-spsa"}
+
+
+@pytest.mark.parametrize("trainer", ["backprop", "spsa"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_trains_and_evaluates_the_same(
+    data: Path, tmp_path: Path, tiny_models: Callable[..., Path], family: str, trainer: str
+) -> None:
+    run = tmp_path / "run"
+    words = ("max_steps=2", "batch_size=4", "task.num_train=12", "task.num_eval=12", "task.max_length=64")
+    where = (f"model={tiny_models(family)}", f"task.path={data / 'topic'}", f"output_dir={run}")
+    lorica("train", *words, *where, "adapter.rank=2", f"trainer={trainer}", "adapter.targets=all-linear")
+    at_the_end = json.loads((run / "eval_results_test.json").read_text())
+    lorica("evaluate", run)
+    later = files.read_records(run / "evaluations.jsonl")[0]
+    assert {key: later[key] for key in at_the_end} == at_the_end
+
+
+def test_language_model_loss_trains_too(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    lorica("train", *SHORT, f"task.path={data / 'topic'}", "train_as=lm", "learning_rate=1e-2", f"output_dir={run}")
+    steps = files.read_records(run / "training_loss.jsonl")
+    assert steps[-1]["loss"] < steps[0]["loss"]

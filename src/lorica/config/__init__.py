@@ -1,0 +1,36 @@
+"""One schema for every verb, filled from YAML files, `key=value` words and flags. Imports no torch."""
+
+from lorica.config.flags import FLAGS, Flag
+from lorica.config.reading import check, dump, keys, read, read_yaml
+from lorica.config.schema import (
+    AdapterConfig,
+    BoostingConfig,
+    DemoConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ModelConfig,
+    PlanConfig,
+    TaskConfig,
+    TrainConfig,
+    ZerothOrderConfig,
+)
+
+__all__ = [
+    "FLAGS",
+    "AdapterConfig",
+    "BoostingConfig",
+    "DemoConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "Flag",
+    "ModelConfig",
+    "PlanConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "ZerothOrderConfig",
+    "check",
+    "dump",
+    "keys",
+    "read",
+    "read_yaml",
+]

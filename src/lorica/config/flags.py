@@ -1,0 +1,50 @@
+"""The flags of the older tools, each an alias of a key: one table, from which the command line reads and lists them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a flag of the older tools sets: a key, and how its words translate; `constant` for a bare switch."""
+
+    key: str
+    words: dict[str, Any] | None = None
+    constant: Any = None
+
+
+FLAGS: dict[str, Flag] = {
+    "model_name": Flag("model.name"),
+    "task_name": Flag("task.name"),
+    "trainer": Flag("trainer", words={"regular": "backprop", "zo": "spsa"}),
+    "lora": Flag("adapter.kind", constant="lora"),
+    "lora_r": Flag("adapter.rank"),
+    "lora_alpha": Flag("adapter.alpha"),
+    "lora_dropout": Flag("adapter.dropout"),
+    "xgblora": Flag("adapter.kind", constant="xgblora"),
+    "xgblora_steps_per_iteration": Flag("boosting.steps_per_iteration"),
+    "xgblora_merge_frequency": Flag("boosting.merge_frequency"),
+    "xgblora_use_adaptive_merge": Flag("boosting.use_adaptive_merge"),
+    "xgblora_patience": Flag("boosting.patience"),
+    "xgblora_ema_beta": Flag("boosting.ema_beta"),
+    "xgblora_improvement_threshold": Flag("boosting.improvement_threshold"),
+    "zo_eps": Flag("zo.epsilon"),
+    "zo_num_perturbations": Flag("zo.num_directions"),
+    "load_float16": Flag("model.dtype", constant="float16"),
+    "load_bfloat16": Flag("model.dtype", constant="bfloat16"),
+    "load_int8": Flag("model.quantization", constant="int8"),
+    "max_length": Flag("task.max_length"),
+    "num_train": Flag("task.num_train"),
+    "num_dev": Flag("task.num_dev"),
+    "num_eval": Flag("task.num_eval"),
+    "train_set_seed": Flag("task.train_set_seed"),
+    "train_as_classification": Flag("train_as", constant="classification"),
+    "per_device_train_batch_size": Flag("batch_size"),
+    "per_device_eval_batch_size": Flag("eval_batch_size"),
+    "num_train_epochs": Flag("num_epochs"),
+    "lr_scheduler_type": Flag("schedule"),
+    "warmup_ratio": Flag("warmup"),
+    "warmup_steps": Flag("warmup"),
+}

@@ -1,0 +1,12 @@
+"""One function per verb: a config comes in, components are called with plain arguments, a record goes out.
+
+This is the only room that knows both the config and the components.
+"""
+
+from lorica.runs.evaluate import evaluate_target
+from lorica.runs.export import Exported, export
+from lorica.runs.plan import plan
+from lorica.runs.ready import Ready, chosen, prepare
+from lorica.runs.train import Trained, train
+
+__all__ = ["Exported", "Ready", "Trained", "chosen", "evaluate_target", "export", "plan", "prepare", "train"]

@@ -1,0 +1,126 @@
+"""A base model and a task, each loaded as the other needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from lorica import models
+from lorica.adapters import injection, peft_format
+from lorica.adapters.adapter import Adapter
+from lorica.adapters.peft_format import Profile
+from lorica.config import ModelConfig, TaskConfig
+from lorica.errors import ConfigError
+from lorica.evaluation.scoring import Collate
+from lorica.models import Base, Kind
+from lorica.tasks import base as tasks
+from lorica.tasks.base import Split, Task
+from lorica.tasks.batching import collate
+from lorica.tasks.prompting import Encoded, encode
+from lorica.tasks.sources import load_task
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A base model and a task that fit each other, and the device they are used on."""
+
+    base: Base
+    task: Task
+    device: str
+    max_length: int
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self.base.kind == "seq2seq"
+
+    def encoded(self, examples: Sequence[tasks.Example]) -> list[Encoded]:
+        """The examples as tokens, at most as long as the model can read."""
+        return encode(
+            self.task,
+            examples,
+            self.base.tokenizer,
+            max_length=self.max_length,
+            is_encoder_decoder=self.is_encoder_decoder,
+        )
+
+    def write(self, adapter: Adapter, folder: Path, *, profile: Profile, dropout: float) -> None:
+        """The adapter as a PEFT folder for this base."""
+        peft_format.write(
+            adapter,
+            folder,
+            profile=profile,
+            layout=injection.linear_modules(self.base.model),
+            task_type=models.TASK_TYPES[self.base.kind],
+            dropout=dropout,
+            fan_in_fan_out=models.is_transposed(self.base, adapter.updates),
+        )
+
+    def collate(self, *, gold_only: bool = False) -> Collate:
+        """The function that makes a batch of encoded rows."""
+        return partial(
+            collate,
+            pad_token_id=self.base.tokenizer.pad_token_id,
+            device=self.device,
+            gold_only=gold_only,
+            decoder_start_token_id=self.base.model.config.decoder_start_token_id if self.is_encoder_decoder else None,
+        )
+
+
+def prepare(model: ModelConfig, task: TaskConfig, device: str, seed: int) -> Ready:
+    """Load the task and the base model, each as the other needs it; the task first: it is the cheaper to get wrong."""
+    on = models.choose_device(device)
+    kind, task_kind = _kinds(model, task)
+    loaded = load_task(
+        task.name,
+        kind=task_kind,
+        path=task.path,
+        more_files=task.files,
+        columns=task.columns,
+        label_column=task.label_column,
+        labels=task.labels,
+        prompt=task.prompt,
+        template=task.template,
+        verbalizer=task.verbalizer,
+        num_dev=task.num_dev,
+        num_eval=task.num_eval,
+        seed=task.train_set_seed,
+    )
+    base = models.load(
+        model.name,
+        kind=kind,
+        num_labels=len(loaded.labels),
+        dtype=model.dtype,
+        device=on,
+        quantization=model.quantization,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        attention=model.attention,
+        seed=seed,
+    )
+    return Ready(base, loaded, on, min(task.max_length, models.longest_input(base)))
+
+
+def chosen(task: Task, split: Split, cfg: TaskConfig) -> list[tasks.Example]:
+    """The split's examples, or the seeded subset that the config asks for."""
+    size = {"train": cfg.num_train, "dev": cfg.num_dev, "test": cfg.num_eval}[split]
+    return tasks.subset(task, split, size, seed=cfg.train_set_seed, stratified=cfg.stratified)
+
+
+def _kinds(model: ModelConfig, task: TaskConfig) -> tuple[Kind, tasks.Kind]:
+    """The model's and the task's kind: what is not said follows from what is, or from the checkpoint's family."""
+    natural = models.natural_kind(models.read_config(model.name, model.revision, model.trust_remote_code))
+    if model.kind != "auto":
+        kind: Kind = model.kind
+    elif task.kind == "classification":
+        kind = "classification"
+    else:
+        kind = natural
+    task_kind: tasks.Kind = "classification" if kind == "classification" else "choice"
+    if task.kind not in ("auto", task_kind):
+        raise ConfigError(
+            f"task.kind={task.kind} and the model do not fit: {model.name} is used as a {kind} model, which needs "
+            f"task.kind={task_kind}"
+        )
+    return kind, task_kind
