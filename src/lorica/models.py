@@ -83,7 +83,8 @@ def load(
     if attention is not None:
         options["attn_implementation"] = attention
     if kind == "classification":
-        options["num_labels"] = num_labels
+        # A head for another number of labels is drawn anew; `_check_complete` lets nothing but a head be new.
+        options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     if quantization == "int8":
         options["quantization_config"] = _int8()
     with _one_line(name), quiet():
@@ -91,7 +92,7 @@ def load(
         model, info = CLASSES[kind].from_pretrained(source, output_loading_info=True, **options)
     _complete_padding(model, tokenizer)
     heads = head_modules(model) if kind == "classification" else ()
-    new = sorted(info["missing_keys"])
+    new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     _check_complete(name, model, new, heads)
     missing_inside = {key.rpartition(".")[0] for key in new if not any(key.startswith(head + ".") for head in heads)}
     _draw_new(model, new, seed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +26,24 @@ def score_all(
     description: str = "evaluating",
 ) -> Tensor:
     """(n, options) float32 on the CPU, row i the scores of `rows[i]`. The model is in eval mode meanwhile."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     order = evaluation_order([row.length for row in rows], batch_size)
-    parts = [
-        scores(model, collate([rows[index] for index in batch])).cpu()
-        for batch in tracked(order, len(order), description)
-    ]
-    for module, training in modes.items():
-        module.training = training
+    with in_eval_mode(model):
+        parts = [
+            scores(model, collate([rows[index] for index in batch])).cpu()
+            for batch in tracked(order, len(order), description)
+        ]
     found = torch.cat(parts)  # (n, options), longest first
     back = torch.tensor([index for batch in order for index in batch]).argsort()
     return found[back]
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; afterwards every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -16,6 +16,7 @@ from lorica.adapters import injection
 from lorica.adapters.adapter import Adapter
 from lorica.config import TrainConfig
 from lorica.errors import ConfigError, InterruptedRunError
+from lorica.evaluation.scoring import in_eval_mode
 from lorica.optim.schedules import multiplier, warmup_steps
 from lorica.results import RunFolder
 from lorica.runs.ready import Ready, chosen
@@ -50,7 +51,7 @@ def warn_of_truncation(rows: Rows, max_length: int, say: Console) -> None:
     for split, examples in rows.items():
         count = sum(row.truncated for row in examples)
         if count:
-            say.print(f"warning: {count} of {len(examples)} {split} examples were cut to {max_length} tokens (max_length)")
+            say.print(f"warning: {count} of {len(examples)} {split} examples were cut to {max_length} tokens")
 
 
 @dataclass
@@ -72,7 +73,9 @@ class Learning:
                 "adapter.profile=portable cannot carry a head, which this task trains: use adapter.profile=peft"
             )
         if self.cfg.boosting.judge == "probe":
-            self.rows["train"], self.probe_rows = _without(self.rows["train"], self.cfg.boosting.probe_size, self.cfg.seed)
+            self.rows["train"], self.probe_rows = _without(
+                self.rows["train"], self.cfg.boosting.probe_size, self.cfg.seed
+            )
         self.stream = TrainingStream(
             [row.length for row in self.rows["train"]], self.cfg.batch_size, self.cfg.seed, self.cfg.bucketing
         )
@@ -99,11 +102,14 @@ class Learning:
             if self.cfg.base_dropout:  # the base's own dropout knows no other generator than the global one
                 torch.manual_seed(randomness.key(self.cfg.seed, "base dropout") & 0xFFFF_FFFF)
             with callbacks.shown(self.num_steps, self.cfg.logging_steps, self.say) as show:
-                trainer = RoundTrainer(self, run, interruption, resumed, [callbacks.write_steps(JsonLines(run.training_loss)), show])
+                trainer = RoundTrainer(
+                    self, run, interruption, resumed, [callbacks.write_steps(JsonLines(run.training_loss)), show]
+                )
                 adapter = self._boosted(run, trainer) if self.cfg.adapter.kind == "xgblora" else self._single(trainer)
         if adapter is None:
-            raise InterruptedRunError(f"stopped at step {self.progress.step}; go on with: lorica train resume={run.path}",
-                                      interruption.signal)
+            raise InterruptedRunError(
+                f"stopped at step {self.progress.step}; go on with: lorica train resume={run.path}", interruption.signal
+            )
         return adapter
 
     def new_booster(self, number: int) -> Adapter:
@@ -185,7 +191,9 @@ class Learning:
             return None
         foundation.take_off()
         chain = self.ledger.chain(self.cfg.model.name)
-        adapter = chain if chain.updates else Adapter(self.first.updates, chain.heads or self.first.heads, chain.base_model)
+        adapter = (
+            chain if chain.updates else Adapter(self.first.updates, chain.heads or self.first.heads, chain.base_model)
+        )
         injection.inject(base.model, adapter)
         return adapter
 
@@ -222,15 +230,11 @@ class Learning:
 
     @torch.no_grad()
     def _probe(self) -> Tensor:
-        """(probe_size,) the losses of the fixed held-out examples; no dropout, so two calls differ by the model alone."""
-        model = self.ready.base.model
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        batch = self.ready.collate(gold_only=self.cfg.train_as == "lm")(self.probe_rows)
-        found = losses(model, batch, "lm" if self.cfg.train_as == "lm" else "classification").cpu()
-        for module, training in modes.items():
-            module.training = training
-        return found
+        """(probe_size,) losses of the fixed held-out examples; no dropout, so two calls differ by the model alone."""
+        lm = self.cfg.train_as == "lm"
+        batch = self.ready.collate(gold_only=lm)(self.probe_rows)
+        with in_eval_mode(self.ready.base.model):
+            return losses(self.ready.base.model, batch, "lm" if lm else "classification").cpu()
 
     def _tell_round(self, entry: Entry) -> None:
         best = "" if entry.best_loss is None else f", best smoothed loss {entry.best_loss:.4f}"
@@ -250,17 +254,20 @@ class Learning:
         total = sum(parameter.numel() for parameter in ready.base.model.parameters())
         sizes = ", ".join(f"{len(examples)} {split}" for split, examples in self.rows.items())
         scale = cfg.adapter.alpha / cfg.adapter.rank
+        share = f"{count:,} parameters trainable, {count / total:.2%} of the base's {total:,}"
         lines = [
             f"{ready.task.name} ({ready.task.kind}; {sizes}) on {cfg.model.name} ({cfg.model.dtype}, {ready.device})",
-            f"{cfg.adapter.kind} by {cfg.trainer}: rank {cfg.adapter.rank}, alpha {cfg.adapter.alpha:g}, scale {scale:g} on "
-            f"{len(self.first.updates)} modules; {count:,} parameters trainable, {count / total:.2%} of the base's {total:,}",
+            f"{cfg.adapter.kind} by {cfg.trainer}: rank {cfg.adapter.rank}, alpha {cfg.adapter.alpha:g}, scale {scale:g} "
+            f"on {len(self.first.updates)} modules; {share}",
         ]
         if cfg.adapter.kind == "xgblora":
             judged = "" if cfg.boosting.judge == "none" else f"; judged on {len(self.probe_rows)} held-out examples"
             lines.append(f"rounds: {self.rule().described()}{judged}")
         if cfg.trainer == "spsa" and scale > 4:
-            lines.append(f"warning: alpha/rank = {scale:g} under spsa: a step in weight space grows with its square, and "
-                         f"large ones diverge; alpha={cfg.adapter.rank} gives scale 1")
+            lines.append(
+                f"warning: alpha/rank = {scale:g} under spsa: a step in weight space grows with its square, and "
+                f"large ones diverge; alpha={cfg.adapter.rank} gives scale 1"
+            )
         return "\n".join(lines)
 
 

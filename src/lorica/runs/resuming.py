@@ -44,8 +44,8 @@ def resume_from(run: RunFolder, identity: Mapping[str, Any], force: bool, say: C
     differing = list(_differing(snapshot.values["identity"], identity))
     if differing and not force:
         raise ResumeError(
-            f"the checkpoint of step {snapshot.step} was made with another {', '.join(differing)}: put that back, or go "
-            "on all the same with force=true"
+            f"the checkpoint of step {snapshot.step} was made with another {', '.join(differing)}: put that back, or "
+            "go on all the same with force=true"
         )
     _cut_after(snapshot.step, run)
     say.print(f"going on from step {snapshot.step}", highlight=False)
@@ -68,4 +68,3 @@ def _cut_after(step: int, run: RunFolder) -> None:
         if path.exists():
             kept = [record for record in files.read_records(path) if record["step"] <= step]
             files.write_atomic(path, "".join(map(files.record_line, kept)))
-
