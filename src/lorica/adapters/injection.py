@@ -199,6 +199,13 @@ def remove(live: Live) -> None:
         parameter.requires_grad_(live.frozen[name])
 
 
+def restore(live: Live) -> None:
+    """Put an adapter that was removed back on its model: the very same layers, heads and parameters."""
+    live.model.requires_grad_(False)
+    for path, module in {**live.layers, **live.heads}.items():
+        _replace(live.model, path, module)
+
+
 @torch.no_grad()
 def fuse(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """Write W = cast(W0 + ΔW) into the model's weights, summed in fp32, and return the pristine weights for `unfuse`.

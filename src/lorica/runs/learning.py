@@ -257,8 +257,8 @@ class Learning:
         share = f"{count:,} parameters trainable, {count / total:.2%} of the base's {total:,}"
         lines = [
             f"{ready.task.name} ({ready.task.kind}; {sizes}) on {cfg.model.name} ({cfg.model.dtype}, {ready.device})",
-            f"{cfg.adapter.kind} by {cfg.trainer}: rank {cfg.adapter.rank}, alpha {cfg.adapter.alpha:g}, scale {scale:g} "
-            f"on {len(self.first.updates)} modules; {share}",
+            f"{cfg.adapter.kind} by {cfg.trainer}: rank {cfg.adapter.rank}, alpha {cfg.adapter.alpha:g}, "
+            f"scale {scale:g} on {len(self.first.updates)} modules; {share}",
         ]
         if cfg.adapter.kind == "xgblora":
             judged = "" if cfg.boosting.judge == "none" else f"; judged on {len(self.probe_rows)} held-out examples"

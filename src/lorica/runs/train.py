@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,56 +32,54 @@ class Trained:
 def train(given: TrainConfig, say: Console) -> Trained:
     """Train, evaluate, and leave a run folder; `say` takes what a person should read.
 
-    With `resume` the run goes on from its newest whole checkpoint. Raises InterruptedRunError after SIGTERM or SIGINT,
-    when a checkpoint has been written.
+    With `resume` the run goes on from its newest whole checkpoint, and a finished run is left as it is. Raises
+    InterruptedRunError after SIGTERM or SIGINT, when a checkpoint has been written.
     """
-    begin = time.monotonic()
-    cfg = given.resolved() if given.resume is None else config_of_run(given)
-    if cfg.output_dir is not None and given.resume is None:
-        results.check_free(cfg.output_dir)
-    if given.resume is not None and (finished := _finished(results.open_run(given.resume), say)):
-        return finished
-    ready = prepare(cfg.model, cfg.task, cfg.device, cfg.seed)
-    rows = encode_splits(cfg, ready)
-    warn_of_truncation(rows, ready.max_length, say)
-    learning = Learning(cfg, ready, rows, say)
-    with _folder(given, cfg, ready) as run, Interruption() as interruption:
-        resumed = _starting_point(given, run, learning, say)
-        adapter = learning.run(run, resumed, interruption)
-        ready.write(adapter, run.adapter, profile=cfg.adapter.profile, dropout=cfg.adapter.dropout)
-        found = _evaluated(cfg, ready, rows)
-        _leave_record(learning, run, adapter, found, time.monotonic() - begin)
-    return Trained(run, found, time.monotonic() - begin)
-
-
-def config_of_run(given: TrainConfig) -> TrainConfig:
-    """The config of the run to be resumed; of the words given only `device` and `force` count beside it."""
-    run = results.open_run(given.resume or "")
-    extra = sorted(given.model_fields_set - {"resume", "force", "device"})
-    if extra:
-        raise ConfigError(f"resume={run.path} takes its config from the run: drop {', '.join(extra)}")
-    return config.check(TrainConfig, config.read_yaml(run.config))
-
-
-@contextlib.contextmanager
-def _folder(given: TrainConfig, cfg: TrainConfig, ready: Ready) -> Iterator[RunFolder]:
-    """The run's folder, new or taken up again, locked against a second process."""
     if given.resume is not None:
         run = results.open_run(given.resume)
         with files.locked_folder(run.path):
-            yield run
-        return
-    run = results.new_run(cfg.output_dir, f"{ready.task.name}-{Path(cfg.model.name).name}-{cfg.trainer}")
+            return _finished(run, say) or _resumed(given, run, say)
+    cfg = given.resolved()
+    if cfg.output_dir is not None:
+        results.check_free(cfg.output_dir)
+    learning = _prepared(cfg, say)
+    run = results.new_run(cfg.output_dir, f"{learning.ready.task.name}-{Path(cfg.model.name).name}-{cfg.trainer}")
     with files.locked_folder(run.path):
         files.write_atomic(run.config, config.dump(cfg))
-        files.write_json(run.origin, results.origin(cfg.seed, ready.device))
-        yield run
+        files.write_json(run.origin, results.origin(cfg.seed, learning.ready.device))
+        return _completed(learning, run, start_over(run))
 
 
-def _starting_point(given: TrainConfig, run: RunFolder, learning: Learning, say: Console) -> Resumed:
-    if given.resume is None:
-        return start_over(run)
-    return resume_from(run, learning.identity, given.force, say)
+def _resumed(given: TrainConfig, run: RunFolder, say: Console) -> Trained:
+    """The run of `run`'s own config gone on with; of the words given only `device` and `force` count beside it."""
+    extra = sorted(given.model_fields_set - {"resume", "force", "device"})
+    if extra:
+        raise ConfigError(f"resume={run.path} takes its config from the run: drop {', '.join(extra)}")
+    cfg = config.check(TrainConfig, config.read_yaml(run.config))
+    if "device" in given.model_fields_set:
+        cfg = cfg.model_copy(update={"device": given.device})
+    learning = _prepared(cfg, say)
+    return _completed(learning, run, resume_from(run, learning.identity, given.force, say))
+
+
+def _prepared(cfg: TrainConfig, say: Console) -> Learning:
+    """Everything that can be refused is refused here, before there is a run folder."""
+    ready = prepare(cfg.model, cfg.task, cfg.device, cfg.seed)
+    rows = encode_splits(cfg, ready)
+    warn_of_truncation(rows, ready.max_length, say)
+    return Learning(cfg, ready, rows, say)
+
+
+def _completed(learning: Learning, run: RunFolder, resumed: Resumed) -> Trained:
+    """Train from where the run stands, write the adapter, evaluate it, leave the record."""
+    begin, cfg = time.monotonic(), learning.cfg
+    with Interruption() as interruption:
+        adapter = learning.run(run, resumed, interruption)
+    learning.ready.write(adapter, run.adapter, profile=cfg.adapter.profile, dropout=cfg.adapter.dropout)
+    found = _evaluated(cfg, learning.ready, learning.rows)
+    seconds = time.monotonic() - begin
+    _leave_record(learning, run, adapter, found, seconds)
+    return Trained(run, found, seconds)
 
 
 def _finished(run: RunFolder, say: Console) -> Trained | None:

@@ -122,7 +122,7 @@ def boost(
         reason = train_round(round)
         if reason == INTERRUPTED:
             return False
-        entry, booster = _judged(round, reason, progress, shrinkage, probe, probe_k)
+        entry, booster = judged(round, reason, progress, shrinkage, probe, probe_k)
         injection.remove(live)
         ledger.append(entry, booster)
         foundation.lay_on(ledger.chain())
@@ -130,13 +130,13 @@ def boost(
     return True
 
 
-def _judged(
+def judged(
     round: Round,
     reason: str,
     progress: Progress,
     shrinkage: float,
-    probe: Callable[[], Tensor] | None,
-    probe_k: float,
+    probe: Callable[[], Tensor] | None = None,
+    probe_k: float = 1.0,
 ) -> tuple[Entry, Adapter]:
     """The round's booster, rolled back to its best where the rule says so, and its line in the ledger.
 
