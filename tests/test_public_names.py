@@ -11,7 +11,18 @@ import pytest
 import lorica
 
 PUBLIC = (
-    *("Adapter", "LowRank", "compress", "create_adapter", "extract", "fit", "fuse", "inject", "load_adapter"),
+    *(
+        "Adapter",
+        "BoostingCallback",
+        "LowRank",
+        "compress",
+        "create_adapter",
+        "extract",
+        "fit",
+        "fuse",
+        "inject",
+        "load_adapter",
+    ),
     *("load_base", "load_task", "remove", "save_adapter", "target_modules", "unfuse", "__version__"),
 )
 

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Adapter": "lorica.adapters.adapter:Adapter",
+    "BoostingCallback": "lorica.training.hf_callback:BoostingCallback",
     "LowRank": "lorica.adapters.delta:LowRank",
     "compress": "lorica.adapters.compression:compress",
     "create_adapter": "lorica.adapters.injection:create",

@@ -104,7 +104,7 @@ def open_run(path: str | Path) -> RunFolder:
 def origin(seed: int, device: str) -> dict[str, Any]:
     """Where a result comes from: command, code and library versions, device, seed, time. No environment, no secrets."""
     return {
-        "command": ["lorica", *sys.argv[1:]],
+        "command": [_program(), *sys.argv[1:]],
         "lorica": lorica.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
@@ -115,6 +115,12 @@ def origin(seed: int, device: str) -> dict[str, Any]:
         "seed": seed,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _program() -> str:
+    """What was typed to run this: the installed command, or a script by its name."""
+    name = Path(sys.argv[0]).name
+    return "lorica" if name in ("lorica", "cli.py", "") else f"python {Path(sys.argv[0]).parent.name}/{name}"
 
 
 def _commit() -> str | None:

@@ -86,7 +86,7 @@ def fit(
         reason = on_step(_told(progress, estimate.loss, rate, applied))
         if reason is not None:
             return reason
-        _stop_if_hopeless(progress, rate)
+        stop_if_hopeless(progress, rate)
     return MAX_STEPS
 
 
@@ -110,7 +110,8 @@ def _told(progress: Progress, loss: float, rate: float, applied: bool) -> Step:
     return Step(progress.step, loss, rate, progress.forwards, progress.tokens, progress.seconds, applied)
 
 
-def _stop_if_hopeless(progress: Progress, rate: float) -> None:
+def stop_if_hopeless(progress: Progress, rate: float) -> None:
+    """Raise NonFiniteLossError after 10 bad steps in a row, or when they are more than 5 % of at least 200."""
     too_many = progress.step >= 200 and progress.num_bad > BAD_SHARE * progress.step
     if progress.bad_in_a_row >= NUM_BAD_IN_A_ROW or too_many:
         raise NonFiniteLossError(

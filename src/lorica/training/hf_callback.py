@@ -14,14 +14,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from lorica.adapters import injection
 from lorica.adapters.adapter import Adapter
-from lorica.errors import ConfigError, NonFiniteLossError, OutputExistsError, ResumeError
+from lorica.errors import ConfigError, OutputExistsError, ResumeError
 from lorica.randomness import torch_generator
 from lorica.training.boosting import Foundation, Round, judged
-from lorica.training.fit import BAD_SHARE, MAX_STEPS, NUM_BAD_IN_A_ROW, Progress, Step
+from lorica.training.fit import MAX_STEPS, Progress, Step, stop_if_hopeless
 from lorica.training.ledger import Entry, Ledger
 from lorica.training.rounds import RoundRule
 
@@ -73,6 +74,7 @@ class BoostingCallback(TrainerCallback):  # type: ignore[misc]
         self.round: Round | None = None
         self.finished = False
         self._step: Step | None = None
+        self._begun = 0.0
 
     def chain(self) -> Adapter:
         """Everything laid on so far as one adapter of the untouched base, with the heads as of the last round."""
@@ -83,7 +85,10 @@ class BoostingCallback(TrainerCallback):  # type: ignore[misc]
         self.listener.hear(loss)
 
     def finish(self) -> None:
-        """End the round under way and leave an ordinary model. `on_train_end` does so; call it if a training broke off."""
+        """End the round under way and leave an ordinary model.
+
+        `on_train_end` does so; call it yourself if a training broke off.
+        """
         if self.finished:
             return
         if self.round is not None and self.progress.step > self.round.first_step:
@@ -100,7 +105,7 @@ class BoostingCallback(TrainerCallback):  # type: ignore[misc]
             raise ConfigError("this callback has been in a training already: make a new one, in another folder")
         _check_trainer(args, state)
         self._check_optimizer(kwargs["model"], kwargs["optimizer"])
-        self.begun = time.monotonic()
+        self._begun = time.monotonic()
         self._begin_round(kwargs["optimizer"])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -119,7 +124,7 @@ class BoostingCallback(TrainerCallback):  # type: ignore[misc]
         assert self.round is not None and self._step is not None
         reason = self.round.watch(self._step)
         if reason is None:
-            _stop_if_hopeless(self.progress, self._step.learning_rate)
+            stop_if_hopeless(self.progress, self._step.learning_rate)
         else:
             self._end_round(self.round, reason)
             self._begin_round(kwargs["optimizer"])
@@ -170,7 +175,7 @@ class BoostingCallback(TrainerCallback):  # type: ignore[misc]
         progress.step = state.global_step + 1
         progress.forwards = self.listener.num_heard
         progress.tokens = int(state.num_input_tokens_seen)  # counted if the Trainer is asked to
-        progress.seconds = time.monotonic() - self.begun
+        progress.seconds = time.monotonic() - self._begun
         progress.num_bad += not applied
         progress.bad_in_a_row = 0 if applied else progress.bad_in_a_row + 1
         return Step(progress.step, loss, rate, progress.forwards, progress.tokens, progress.seconds, applied)
@@ -191,8 +196,10 @@ class LossListener:
         self._losses: list[Tensor] = []
         self._num_items: Tensor | None = None  # of the one forward that is asked
         self._asked = False
-        before = partial(model.register_forward_pre_hook, with_kwargs=True)
-        self._hooks = [before(self._before), model.register_forward_hook(self._after)] if hears == "model" else []
+        self._hooks: list[RemovableHandle] = []
+        if hears == "model":
+            self._hooks.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._hooks.append(model.register_forward_hook(self._after))
 
     def hear(self, loss: Tensor) -> None:
         """Take one micro-batch's loss; it is not looked at before the step, so that no device has to wait."""
@@ -270,13 +277,3 @@ def _check_trainer(args: Any, state: Any) -> None:
 def _are_finite(gradients: Iterable[Tensor | None]) -> bool:
     norms = torch._foreach_norm([gradient for gradient in gradients if gradient is not None])
     return not norms or bool(torch.isfinite(torch.stack(norms)).all())
-
-
-def _stop_if_hopeless(progress: Progress, rate: float) -> None:
-    """As `fit` does."""
-    too_many = progress.step >= 200 and progress.num_bad > BAD_SHARE * progress.step
-    if progress.bad_in_a_row >= NUM_BAD_IN_A_ROW or too_many:
-        raise NonFiniteLossError(
-            f"the loss was NaN or infinite in {progress.num_bad} of {progress.step} steps (none of them was applied): "
-            f"lower learning_rate={rate:g}, or load the model in float32"
-        )

@@ -1,0 +1,113 @@
+"""Write the records of results/ into the pages that quote them: nobody types a figure.
+
+    python benchmarks/write_tables.py [--check]
+
+A page holds a pair of comments, `<!-- results:NAME -->` and `<!-- end -->`; what stands between them is the table of
+results/NAME.json. `--check` writes nothing and fails if a page differs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs/boosting.md", ROOT / "docs/benchmarks.md")
+BLOCK = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Record = dict[str, Any]
+
+
+def main() -> None:
+    differing = []
+    for page in PAGES:
+        old = page.read_text("utf-8")
+        new = BLOCK.sub(lambda block: block[1] + table(block[2]) + block[3], old)
+        if new != old:
+            differing.append(page.name)
+            if "--check" not in sys.argv:
+                page.write_text(new, "utf-8")
+    if differing:
+        print(f"{'differ' if '--check' in sys.argv else 'written'}: {', '.join(differing)}")
+        sys.exit("--check" in sys.argv)
+
+
+def table(name: str) -> str:
+    """The Markdown table of a record, with a line that says where it comes from."""
+    record = json.loads((ROOT / "results" / f"{name}.json").read_text("utf-8"))
+    return f"\n{TABLES[name](record)}\n\n{_provenance(name, record)}\n\n"
+
+
+def _provenance(name: str, record: Record) -> str:
+    origin = record["origin"]
+    versions = ", ".join(f"{library} {origin['libraries'][library]}" for library in ("torch", "transformers"))
+    return f"`{' '.join(origin['command'])}`: {origin['num_cpus']} cores, {versions}; `results/{name}.json`."
+
+
+def _step_time(record: Record) -> str:
+    rows = [
+        (
+            name,
+            f"{row['lorica_ms']:.0f} ms",
+            f"{row['peft_trainer_ms']:.0f} ms",
+            f"{row['ratio_median']:.2f}",
+            _range(row),
+        )
+        for name, row in record["rows"].items()
+    ]
+    return _markdown(("backprop step, encoder, batch 16", "lorica", "PEFT + Trainer", "ratio", "spread"), rows)
+
+
+def _range(row: Record) -> str:
+    low, high = row["ratio_spread"]
+    return f"{low:.2f} to {high:.2f}"
+
+
+def _quality_vs_peft(record: Record) -> str:
+    rows = [
+        (
+            f"{row['model']}, {row['task']}",
+            row["steps"],
+            f"{row['lorica_mean']:.4f}",
+            f"{row['peft_mean']:.4f}",
+            f"{row['difference']:+.4f}",
+            f"{row['peft_trainer_mean']:.4f}" if "peft_trainer_mean" in row else "",
+        )
+        for row in record["rows"]
+    ]
+    head = ("dev accuracy, 3 seeds", "steps", "lorica", "PEFT, same start", "difference", "PEFT in a Trainer, 1 seed")
+    return _markdown(head, rows)
+
+
+def _boosting_arms(record: Record) -> str:
+    tasks = list(dict.fromkeys(row["task"] for row in record["rows"]))
+    found = {(row["arm"], row["task"]): row for row in record["rows"]}
+    rows = []
+    for arm, mean in record["means"].items():
+        cells = [_cell(found[arm, task]) for task in tasks]
+        rows.append((arm, *cells, f"{mean:.4f}"))
+    return _markdown((f"test accuracy after {record['steps']} steps", *tasks, "mean"), rows)
+
+
+def _cell(row: Record) -> str:
+    rounds = f"; {row['accepted'][0]} of {row['num_rounds'][0]} rounds laid on" if row["num_rounds"][0] else ""
+    return f"{row['mean']:.4f} ± {row['spread'] / 2:.4f} (rate {row['rate']:g}{rounds})"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+TABLES: dict[str, Callable[[Record], str]] = {
+    "step_time": _step_time,
+    "quality_vs_peft": _quality_vs_peft,
+    "boosting_arms": _boosting_arms,
+}
+
+if __name__ == "__main__":
+    main()
