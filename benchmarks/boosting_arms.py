@@ -25,7 +25,7 @@ from rich.console import Console
 from lorica import config, files, results, runs
 from lorica.config import TrainConfig
 
-SHARED = Path(os.environ.get("LORICA_SHARED", "../shared")).resolve()
+SHARED = Path(os.environ.get("LORICA_SHARED", "shared")).resolve()
 RATES = (1e-3, 3e-3, 1e-2)
 NUM_ROUNDS = 5
 ARMS: dict[str, dict[str, Any]] = {

@@ -39,7 +39,7 @@ from lorica.tasks.objectives import LossModule
 from lorica.tasks.sources import load_task
 from lorica.training.fit import fit
 
-SHARED = Path(os.environ.get("LORICA_SHARED", "../shared"))
+SHARED = Path(os.environ.get("LORICA_SHARED", "shared"))
 BATCH, RANK, ALPHA, RATE, MAX_LENGTH = 16, 8, 16, 1e-3, 256
 
 

@@ -60,9 +60,9 @@ def listing(what: str) -> Table:
     """`tasks` with their descriptions, `flags` of the older tools with the keys they set, or `keys` of the config."""
     if what == "tasks":
         catalogue = Catalogue("lorica.tasks.catalog", "task")
-        return _two_columns("task", "what it asks", [(name, catalogue.summary(name)) for name in catalogue.names()])
+        return _columns(("task", "what it asks"), [(name, catalogue.summary(name)) for name in catalogue.names()])
     if what == "flags":
-        return _two_columns("flag", "sets", [(f"--{name}", _meaning(flag)) for name, flag in config.FLAGS.items()])
+        return _columns(("flag", "sets"), [(f"--{name}", _meaning(flag)) for name, flag in config.FLAGS.items()])
     if what == "keys":
         return _two_columns(
             "key", "type", [(key, _type(kind)) for key, kind in config.keys(config.TrainConfig).items()]
@@ -77,14 +77,10 @@ def _meaning(flag: config.Flag) -> str:
     return f"{flag.key}{words}"
 
 
-def _type(kind: object) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-
-
-def _two_columns(left: str, right: str, rows: Sequence[tuple[str, str]]) -> Table:
-    table = Table(left, right)
-    for first, second in rows:
-        table.add_row(escape(first), escape(second))
+def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
     return table
 
 

@@ -1,7 +1,7 @@
 """One schema for every verb, filled from YAML files, `key=value` words and flags. Imports no torch."""
 
 from lorica.config.flags import FLAGS, Flag
-from lorica.config.reading import check, dump, keys, read, read_yaml
+from lorica.config.reading import check, documented, dump, keys, read, read_yaml
 from lorica.config.schema import (
     AdapterConfig,
     BoostingConfig,
@@ -29,6 +29,7 @@ __all__ = [
     "TrainConfig",
     "ZerothOrderConfig",
     "check",
+    "documented",
     "dump",
     "keys",
     "read",

@@ -80,6 +80,19 @@ def keys(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def documented(schema: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:
+    """(key, default, what it means) of every leaf of a schema, sections in place of their names."""
+    rows = []
+    for name, field in schema.model_fields.items():
+        section = _section_of(field.annotation)
+        if section is not None:
+            rows += documented(section, f"{prefix}{name}.")
+        else:
+            default = "" if field.is_required() else str(field.get_default(call_default_factory=True))
+            rows.append((prefix + name, default, field.description or ""))
+    return rows
+
+
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     candidates = (annotation, *getattr(annotation, "__args__", ()))
     return next((each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel)), None)
