@@ -64,9 +64,7 @@ def listing(what: str) -> Table:
     if what == "flags":
         return _columns(("flag", "sets"), [(f"--{name}", _meaning(flag)) for name, flag in config.FLAGS.items()])
     if what == "keys":
-        return _two_columns(
-            "key", "type", [(key, _type(kind)) for key, kind in config.keys(config.TrainConfig).items()]
-        )
+        return _columns(("key", "default", "meaning"), config.documented(config.TrainConfig))
     raise UnknownNameError(plugins.unknown("list", what, LISTS))
 
 
