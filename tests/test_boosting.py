@@ -23,6 +23,8 @@ from lorica.demo import language
 from lorica.errors import AdapterFormatError, LoricaError
 from lorica.evaluation.evaluate import Evaluation
 from lorica.models import Base
+from lorica.optim.updates import update_rule
+from lorica.runs import round_trainer
 from lorica.training.boosting import Foundation, improves
 from lorica.training.ledger import Entry, Ledger
 
@@ -80,16 +82,31 @@ def test_epoch_rounds_are_whole_epochs_and_the_last_booster_is_laid_on(data: Pat
     assert [line["reason"] for line in ledger_lines(run)] == ["epochs", "epochs", "max_steps"]
 
 
-def test_every_round_starts_with_a_fresh_optimizer_and_where_the_last_one_ended(data: Path, tmp_path: Path) -> None:
-    """At learning rate 0 from round 1 on, stale moments of round 0 would still move the new booster."""
-    words = ("max_steps=20", "schedule=linear", "boosting.steps_per_iteration=10", "optimizer=momentum")
+@pytest.mark.parametrize("trainer", ["backprop", "spsa"])
+def test_every_round_has_a_fresh_optimizer_over_its_own_booster(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str
+) -> None:
+    """Moments of the booster before would act on the new one."""
+    made: list[tuple[list[Tensor], torch.optim.Optimizer]] = []
+
+    def recorded(name: Any, parameters: Any, **options: Any) -> torch.optim.Optimizer:
+        parameters = list(parameters)
+        made.append(
+            ([parameter.detach().clone() for parameter in parameters], update_rule(name, parameters, **options))
+        )
+        assert not made[-1][1].state
+        return made[-1][1]
+
+    monkeypatch.setattr(round_trainer, "update_rule", recorded)
+    words = ("max_steps=9", "boosting.steps_per_iteration=3", "optimizer=momentum", f"trainer={trainer}")
     run = train(data, tmp_path / "run", "adapter.kind=xgblora", *words)
-    first = Ledger.open(run).boosters[1].updates
-    assert all(update.B.abs().max() > 0 for update in first.values())
-    new = runs.prepare(config.ModelConfig(), config.TaskConfig(path=str(data / "topic")), "cpu", 0)
-    targets = models.target_modules(new.base, "standard")
-    drawn = [injection.create(new.base.model, targets, rank=1, alpha=1, round=k).updates[targets[0]].A for k in (0, 1)]
-    assert not torch.equal(*drawn)
+    assert len(made) == 3 and len({id(optimizer) for _, optimizer in made}) == 3
+    base = models.load("demo", kind="causal")
+    targets = models.target_modules(base, "standard")
+    for booster, (start, _) in zip(Ledger.open(run).boosters, made, strict=True):
+        drawn = injection.create(base.model, targets, rank=1, alpha=1, round=booster.entry.round)
+        expected = [factor for path in targets for factor in (drawn.updates[path].A, drawn.updates[path].B)]
+        assert all(torch.equal(*pair) for pair in zip(start, expected, strict=True))  # whatever was drawn in between
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
