@@ -26,7 +26,7 @@ from lorica import config, files, results, runs
 from lorica.config import TrainConfig
 
 SHARED = Path(os.environ.get("LORICA_SHARED", "shared")).resolve()
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 NUM_ROUNDS = 5
 ARMS: dict[str, dict[str, Any]] = {
     "LoRA r=8": {"adapter": {"rank": 8, "alpha": 16}},
