@@ -170,6 +170,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     message = str(caught.value)
     assert all(part in message for part in told), message
     assert "\n" not in message and caught.value.exit_code == 2
+    assert message.count("model.name") <= 1  # told once, not wrapped in another telling of it
     assert (tmp_path / "taken" / "file").read_text() == "precious"
     assert not (tmp_path / "out").exists()
 

@@ -17,7 +17,14 @@ from transformers.models.auto import modeling_auto
 
 from lorica import randomness
 from lorica.adapters import injection, lora
-from lorica.errors import ConfigError, MissingExtraError, MissingPathError, ModelError, TargetError
+from lorica.errors import (
+    ConfigError,
+    LoricaError,
+    MissingExtraError,
+    MissingPathError,
+    ModelError,
+    TargetError,
+)
 
 Kind = Literal["causal", "seq2seq", "classification"]
 
@@ -207,6 +214,8 @@ def _one_line(name: str) -> Iterator[None]:
     """A loader's failure as one line that names the model."""
     try:
         yield
+    except LoricaError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()
         raise ModelError(
