@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from lorica.adapters import injection
+from lorica.adapters.adapter import Adapter
 from lorica.config import TrainConfig
 from lorica.evaluation.evaluate import evaluate
 from lorica.optim.backprop import Estimator, backprop
@@ -16,17 +18,38 @@ from lorica.optim.updates import update_rule
 from lorica.optim.zeroth_order import Spsa
 from lorica.randomness import torch_generator
 from lorica.results import RunFolder
+from lorica.runs.ready import Ready
 from lorica.runs.resuming import Resumed
+from lorica.tasks.base import Split
+from lorica.tasks.batching import TrainingStream
 from lorica.tasks.objectives import LossModule
+from lorica.tasks.prompting import Encoded
 from lorica.training import callbacks, checkpoints
 from lorica.training.boosting import INTERRUPTED, Round
 from lorica.training.checkpoints import Snapshot
-from lorica.training.fit import Step, fit
+from lorica.training.fit import Progress, Step, fit
 from lorica.training.interruption import Interruption
 from lorica.training.trackers import JsonLines
 
-if TYPE_CHECKING:
-    from lorica.runs.learning import Learning
+
+class RunUnderWay(Protocol):
+    """What a round has to know of the run that it belongs to."""
+
+    cfg: TrainConfig
+    ready: Ready
+    rows: dict[Split, list[Encoded]]
+    stream: TrainingStream
+    say: Console
+    progress: Progress
+    best_dev_loss: float | None
+    identity: dict[str, Any]
+
+    @property
+    def num_steps(self) -> int: ...
+
+    def rate(self, step: int, first_step: int) -> float: ...
+
+    def as_it_stands(self, round: Round) -> Adapter: ...
 
 
 @dataclass
@@ -37,7 +60,7 @@ class RoundTrainer:
     the next round, when the booster has been laid on; none is written at the run's last step.
     """
 
-    learning: Learning
+    learning: RunUnderWay
     run: RunFolder
     interruption: Interruption
     resumed: Resumed
