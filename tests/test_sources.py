@@ -157,6 +157,7 @@ def test_a_fault_in_the_data_is_named(
         (None, {}, ConfigError, "task.name"),
         ("sst2", {"path": "nowhere"}, MissingPathError, "nowhere"),
         ("file:nowhere.csv", {}, MissingPathError, "nowhere.csv"),
+        ("sst2", {"path": "t", "more_files": {"dev": "dev.csv"}}, ConfigError, "task.files"),
         ("file:rows.txt", {}, ConfigError, ".jsonl, .csv, .parquet"),
         ("sst2", {"prompt": "fancy", "path": "t"}, UnknownNameError, "fancy"),
     ],

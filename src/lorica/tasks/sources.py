@@ -54,6 +54,8 @@ def load_task(
     """
     name, spec = _spec_of(name, path)
     columns = dict(columns or {})
+    if more_files and not name.startswith("file:"):
+        raise ConfigError(f"task.files goes with task.name=file:TRAIN_FILE, and the task is {name}: drop one of them")
     if name.startswith("file:"):
         raw = _read_files({"train": name.removeprefix("file:"), **(more_files or {})})
     elif path is not None:
