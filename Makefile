@@ -34,6 +34,7 @@ format: install  ## rewrite the code in the house's format
 bench: install  ## compare with peers side by side; needs LORICA_SHARED=folder with models/ and data/
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/quality_vs_peft.py
+	$(BIN)/python benchmarks/boosting_arms.py
 	$(BIN)/python benchmarks/write_tables.py
 
 clean:  ## remove what was made here

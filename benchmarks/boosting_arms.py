@@ -1,10 +1,11 @@
 """LoRA against XGBLoRA on real data: test accuracy after the same number of backprop steps, the rate tuned per arm.
 
-    LORICA_SHARED=FOLDER python benchmarks/boosting_arms.py [--tasks sst2 emotion snips] [--steps 200] [--seeds 0 1 2]
+    LORICA_SHARED=FOLDER python benchmarks/boosting_arms.py [--tasks sst2 emotion snips] [--steps 300] [--seeds 0 1 2]
 
 Arms: LoRA r=8 and r=1, XGBLoRA (rank-1 boosters, scale 1) whose rounds end by steps, adaptively, or by steps with the
 probe as judge. Each arm's learning rate is the best of one grid on dev at the first seed; test is scored at that rate
-alone, once a seed. Writes a record to results/boosting_arms.json.
+alone, once a seed. The rate is constant in every arm: one that falls to zero over the run leaves the late boosters
+nothing to learn with. Writes a record to results/boosting_arms.json.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from lorica import config, files, results, runs
 from lorica.config import TrainConfig
 
 SHARED = Path(os.environ.get("LORICA_SHARED", "shared")).resolve()
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-NUM_ROUNDS = 5
+RATES = (1e-3, 3e-3, 5e-3, 1e-2)
+NUM_ROUNDS = 4
 ARMS: dict[str, dict[str, Any]] = {
     "LoRA r=8": {"adapter": {"rank": 8, "alpha": 16}},
     "LoRA r=1": {"adapter": {"rank": 1, "alpha": 2}},
     "XGBLoRA steps": {"boosting": {}},
     "XGBLoRA adaptive": {"boosting": {"use_adaptive_merge": True, "patience": 30}},
-    "XGBLoRA probe": {"boosting": {"judge": "probe"}},
+    "XGBLoRA probe": {"boosting": {"judge": "probe", "probe_size": 256}},
 }
 Found = dict[str, Any]
 
@@ -95,6 +96,7 @@ def _config(arm: str, task: str, steps: int, rate: float, split: str, seed: int,
         "model": str(SHARED / "models" / "minilm"),
         "task": {"name": task, "path": str(SHARED / "data" / task)},
         "learning_rate": rate,
+        "schedule": "constant",
         "max_steps": steps,
         "max_grad_norm": 1.0,
         "save_steps": None,
@@ -131,7 +133,7 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="LoRA against XGBLoRA by backprop")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "emotion", "snips"])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     return parser.parse_args()
