@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorica.adapters.compression import compress, rank_for_energy, truncation_error
+from lorica.adapters.compression import compress, dense_spectrum, rank_for_energy, spectrum
 from lorica.adapters.delta import LowRank, zero
 from lorica.errors import ConfigError
 
@@ -51,7 +51,7 @@ def test_energy_is_kept_with_the_least_rank(update: LowRank, energy: float) -> N
     kept, stated = compress(update, energy=energy)
     assert 1 - stated**2 >= energy - 1e-12
     if kept.rank:
-        less = truncation_error(update.singular_values(), kept.rank - 1)
+        less = spectrum(update).error(kept.rank - 1)
         assert 1 - less**2 < energy
 
 
@@ -107,3 +107,41 @@ def test_a_negative_rank_is_refused() -> None:
 def test_rank_for_energy_counts_squares() -> None:
     sigma = torch.tensor([3.0, 2.0, 1.0])
     assert [rank_for_energy(sigma, share) for share in (9 / 14, 0.65, 13 / 14, 0.95, 1.0)] == [1, 2, 2, 3, 3]
+
+
+@given(updates(), st.integers(0, 8))
+def test_grams_of_float32_factors_do_as_well_as_qr(update: LowRank, rank: int) -> None:
+    coarse = update.to(torch.float32)
+    kept, stated = compress(coarse, rank=rank)
+    _, best = compress(coarse.to(torch.float64), rank=rank)
+    assert torch.linalg.norm(kept.dense().double() - coarse.to(torch.float64).dense()) <= (best + 1e-6) * update.norm()
+    assert stated == pytest.approx(best, abs=1e-6)
+    assert kept.A.dtype == torch.float32
+
+
+def test_a_duplicate_direction_does_not_disturb_the_grams() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = LowRank(torch.randn(3, 40, generator=generator), torch.randn(30, 3, generator=generator))
+    kept, error = compress(one + one, rank=3)
+    assert error < 1e-6
+    assert torch.linalg.norm(kept.dense() - 2 * one.dense()) < 1e-5 * torch.linalg.norm(2 * one.dense())
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (20, 20)])
+@pytest.mark.parametrize("rank", [1, 4, 20])
+def test_a_dense_update_is_compressed_to_nearly_the_optimum(shape: tuple[int, int], rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator)
+    found = dense_spectrum(matrix, rank)
+    kept = found.truncated(rank)
+    measured = float(torch.linalg.norm(matrix - kept.dense()) / torch.linalg.norm(matrix))
+    best = float(torch.linalg.norm(matrix - truncated(matrix, rank)) / torch.linalg.norm(matrix))
+    assert found.error(rank) == pytest.approx(measured, abs=2e-4)
+    assert measured <= best * 1.005 + 1e-5
+
+
+def test_all_singular_values_of_a_dense_update() -> None:
+    matrix = torch.randn(12, 9, generator=torch.Generator().manual_seed(0))
+    found = dense_spectrum(matrix, None)
+    assert torch.allclose(found.sigma, torch.linalg.svdvals(matrix.double()), rtol=1e-5)
+    assert torch.allclose(found.truncated(9).dense(), matrix, atol=1e-5)

@@ -104,7 +104,7 @@ def test_a_write_that_fails_keeps_the_old_folder(tmp_path: Path, monkeypatch: py
         return rename(path, target)
 
     if failing == "save":
-        monkeypatch.setattr(peft_format, "save", no_space)
+        monkeypatch.setattr(peft_format, "save_file", no_space)
     else:
         monkeypatch.setattr(Path, "rename", no_staged_rename)
     with pytest.raises(OSError, match="disk full"):
@@ -280,14 +280,19 @@ CONFIGS: dict[str, tuple[object, str]] = {
     "larger than a megabyte": (json.dumps(CONFIG) + " " * (1 << 20), "bytes"),
     "IA3": ({**CONFIG, "peft_type": "IA3"}, "IA3"),
     "no type": ({"r": 2, "lora_alpha": 4}, "only LORA"),
-    "DoRA": ({**CONFIG, "use_dora": True}, "DoRA"),
-    "bias": ({**CONFIG, "bias": "lora_only"}, "bias"),
-    "bias of factors": ({**CONFIG, "lora_bias": True}, "lora_bias"),
+    "DoRA": ({**CONFIG, "use_dora": True}, "DoRA.*merge_and_unload"),
+    "bias": ({**CONFIG, "bias": "lora_only"}, "bias='lora_only'.*merge_and_unload"),
+    "bias of factors": ({**CONFIG, "lora_bias": True}, "lora_bias.*merge_and_unload"),
     "layer_replication": ({**CONFIG, "layer_replication": [[0, 1000]] * 1000}, "layer_replication"),
     "target_parameters": ({**CONFIG, "target_parameters": ["experts.gate"]}, "target_parameters"),
     "trainable tokens": ({**CONFIG, "trainable_token_indices": [1]}, "trainable_token_indices"),
-    "pissa": ({**CONFIG, "init_lora_weights": "pissa_niter_4"}, "pissa"),
-    "olora": ({**CONFIG, "init_lora_weights": "olora"}, "olora"),
+    "pissa": ({**CONFIG, "init_lora_weights": "pissa_niter_4"}, "pissa.*path_initial_model_for_weight_conversion"),
+    "olora": ({**CONFIG, "init_lora_weights": "OLoRA"}, "OLoRA.*path_initial_model_for_weight_conversion"),
+    "loftq": ({**CONFIG, "init_lora_weights": "loftq"}, "loftq.*another init"),
+    "BD-LoRA": ({**CONFIG, "use_bdlora": {"target_modules_bd_a": ["q"], "nblocks": 2}}, "use_bdlora"),
+    "KaSA": ({**CONFIG, "kasa_config": {"beta": 1e-4}}, "kasa_config.*merge_and_unload"),
+    "Arrow": ({**CONFIG, "arrow_config": {"top_k": 2}}, "arrow_config.*name those adapters"),
+    "MonteCLoRA": ({**CONFIG, "monteclora_config": {"num_samples": 8}}, "monteclora_config"),
     "regex rank_pattern": ({**CONFIG, "rank_pattern": {"(a+)+$": 2}}, "no regex is run"),
     "regex alpha_pattern": ({**CONFIG, "alpha_pattern": {".*q": 2}}, "no regex is run"),
     "rank_pattern a list": ({**CONFIG, "rank_pattern": ["q"]}, "rank_pattern"),

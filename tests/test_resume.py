@@ -143,7 +143,7 @@ def test_a_run_killed_inside_a_lay_on_ends_the_same(
         elif moment == "after its line":
             patch.setattr(ledger.Ledger, "chain", dies_when_filled(ledger.Ledger.chain))
         else:
-            patch.setattr(injection, "_fused_weight", dies)
+            patch.setattr(injection, "fused_weight", dies)
         train(words_for(data, run, kind, "backprop"))
     train([f"resume={run}"])
     assert what_must_agree(run) == expected

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import time
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,11 +32,17 @@ Record = Mapping[str, Any]
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace `path` by `content`, durably. On any failure the old file stays and no temporary one is left."""
-    data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write; it becomes `path`, durably, when the block ends without an error, and else it is gone."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -83,6 +91,14 @@ def _swap_in(staging: Path, path: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
+def link_or_copy(target: Path, link: Path) -> None:
+    """Make `link` a relative symbolic link to `target`, or a copy of it where the file system has no links."""
+    try:
+        link.symlink_to(os.path.relpath(target, link.parent))
+    except OSError:
+        write_atomic(link, target.read_bytes())
+
+
 def sync_folder(path: Path) -> None:
     """Ask the disk to keep the folder's own entries (names, renames)."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -102,10 +118,15 @@ def new_folder(parent: Path, name: str) -> Path:
     """Make `parent/<name>-<time>-<random>`; two processes in the same second get two folders."""
     parent.mkdir(parents=True, exist_ok=True)
     while True:
-        path = parent / f"{slug(name)}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        path = dated(parent, name)
         with contextlib.suppress(FileExistsError):
             path.mkdir()
             return path
+
+
+def dated(parent: Path, name: str) -> Path:
+    """`parent/<name>-<time>-<random>`, a path that nothing is at yet."""
+    return parent / f"{slug(name)}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def claim_folder(path: Path) -> Path:
@@ -144,13 +165,19 @@ def read_json(path: Path) -> Any:
             raise DataError(f"{path} is not JSON: {error}") from None
 
 
+def content_hash(value: Any) -> str:
+    """Eight hexadecimal digits that stand for a JSON value: the same for equal values, whatever their keys' order."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 def slug(name: str, limit: int = 80) -> str:
     """`name` as one safe path component: letters, digits, '.', '_' and '-', never empty, never hidden."""
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-.")[:limit].strip("-.") or "unnamed"
 
 
-def open_regular(path: Path, limit_bytes: int | None = None) -> BinaryIO:
+def open_regular(path: Path, limit_bytes: int | None = None) -> BufferedReader:
     """Open a file from elsewhere for reading: a regular file, not a link, FIFO or device, of at most `limit_bytes`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

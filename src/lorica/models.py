@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -17,6 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from lorica import randomness
 from lorica.adapters import injection, lora
+from lorica.adapters.injection import Placement
 from lorica.errors import (
     ConfigError,
     LoricaError,
@@ -35,6 +37,7 @@ CLASSES: dict[Kind, type[Any]] = {
 }
 TASK_TYPES: dict[Kind, str] = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NOT_A_CHECKPOINT = ["*/*", "*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.pt", "*.pth", "consolidated*"]
 DEMO_BASE = Path(__file__).parent / "demo" / "base"
 
 # How transformers' families call the projections of their attention. A fused projection stands for all it holds.
@@ -130,6 +133,39 @@ def read_config(name: str, revision: str | None = None, trust_remote_code: bool 
         return transformers.AutoConfig.from_pretrained(
             locate(name), revision=revision, trust_remote_code=trust_remote_code
         )
+
+
+def checkpoint_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of the checkpoint's files; what the hub's cache does not hold of them is downloaded."""
+    source = locate(name)
+    if Path(source).is_dir():
+        return Path(source)
+    with _one_line(name):
+        return Path(huggingface_hub.snapshot_download(source, revision=revision, ignore_patterns=NOT_A_CHECKPOINT))
+
+
+def on_meta(
+    name: str,
+    *,
+    kind: Kind | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Base:
+    """The base model on the meta device, without weights and tokenizer; its family's kind where none is given."""
+    config = read_config(name, revision, trust_remote_code)
+    kind = kind or natural_kind(config)
+    with torch.device("meta"), quiet():
+        model = CLASSES[kind].from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+    return Base(model.eval(), None, kind, name, head_modules(model) if kind == "classification" else ())
+
+
+def placements(
+    name: str, *, kind: Kind | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Placement]:
+    """How the checkpoint keeps the weight of every linear module, told by its config alone."""
+    model = on_meta(name, kind=kind, revision=revision, trust_remote_code=trust_remote_code).model
+    return injection.placements(model, model.base_model_prefix)
 
 
 def natural_kind(config: Any) -> Kind:

@@ -66,7 +66,7 @@ def plan(
     Nothing is loaded or computed: a forward and a backward pass run on the meta device, where the sizes of the tensors
     alive at once are added up. Kernels' own workspaces and the allocator's rounding are not counted.
     """
-    base = _on_meta(name, dtype, kind, revision, trust_remote_code)
+    base = models.on_meta(name, kind=kind, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     num_parameters = _count(base.model.parameters())
     inputs = _inputs(base, batch_size, length)
     full = _full_tuning(base, inputs, optimizer)
@@ -76,17 +76,6 @@ def plan(
     live = injection.inject(base.model, adapter)
     ways = (*_adapter_ways(base, live, inputs, optimizer), full)
     return Plan(name, dtype, num_parameters, batch_size, length, rank, len(paths), ways)
-
-
-def _on_meta(name: str, dtype: str, kind: Kind | None, revision: str | None, trust_remote_code: bool) -> Base:
-    config = models.read_config(name, revision, trust_remote_code)
-    kind = kind or models.natural_kind(config)
-    with torch.device("meta"), models.quiet():
-        model = models.CLASSES[kind].from_config(
-            config, dtype=models.DTYPES[dtype], trust_remote_code=trust_remote_code
-        )
-    heads = models.head_modules(model) if kind == "classification" else ()
-    return Base(model.eval(), None, kind, name, heads)
 
 
 def _inputs(base: Base, batch_size: int, length: int) -> dict[str, Any]:

@@ -41,6 +41,27 @@ def normals(seed: int, *names: Name, size: int) -> Tensor:
     return torch.from_numpy(bits.standard_normal(size, dtype=np.float32))
 
 
+def uniforms(seed: int, *names: Name, size: int) -> Tensor:
+    """(size,) float32 draws from [0, 1) in steps of 2⁻²⁴, from Philox's raw bits: the same on every platform."""
+    words = np.random.Philox(key=key(seed, *names)).random_raw(-(-size // 2)).astype("<u8", copy=False)
+    steps = words.view("<u4")[:size] >> np.uint32(8)
+    return torch.from_numpy(steps.astype(np.float32)).mul_(2.0**-24)
+
+
+def bernoulli(seed: int, *names: Name, size: int, probability: float) -> Tensor:
+    """(size,) bool draws, each True with `probability`, from Philox's raw bits: the same on every platform.
+
+    One byte decides all but one draw in 256, which takes 64 bits more: as exact as the number given, at a byte a draw.
+    """
+    bits = np.random.Philox(key=key(seed, *names))
+    whole, rest = divmod(probability * 256, 1)
+    first = bits.random_raw(-(-size // 8)).astype("<u8", copy=False).view(np.uint8)[:size]
+    drawn = first < int(whole)
+    undecided = np.flatnonzero(first == int(whole))
+    drawn[undecided] = bits.random_raw(len(undecided)) < rest * 2.0**64
+    return torch.from_numpy(drawn)
+
+
 def signs(seed: int, *names: Name, size: int) -> Tensor:
     """(size,) float32 Rademacher draws, ±1, from Philox's raw bits: the same on every platform."""
     num_words = -(-size // 64)

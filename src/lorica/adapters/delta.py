@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,8 +94,7 @@ class LowRank:
 
     def is_finite(self) -> bool:
         """Whether no entry of the factors nor the scale is NaN or infinite."""
-        finite = torch.isfinite(self.A).all() and torch.isfinite(self.B).all()
-        return bool(finite) and math.isfinite(self.scale)
+        return _is_finite(self.A) and _is_finite(self.B) and math.isfinite(self.scale)
 
     def _core(self) -> tuple[Tensor, Tensor, Tensor]:
         """Q_B (out, m), core (m, n), Q_A (in, n) with ΔW = Q_B·core·Q_Aᵀ and orthonormal Q; m, n ≤ r."""
@@ -107,6 +107,30 @@ class LowRank:
             raise ShapeError(f"updates of different matrices: {self.shape} and {other.shape}")
 
 
+def combination(updates: Sequence[LowRank], coefficients: Sequence[float]) -> LowRank:
+    """Σ c_i·Δ_i = [c_i·s_i·B_i]·[A_i], exact, of rank Σ r_i and scale 1, each factor copied once.
+
+    Raises ShapeError if the updates are of different matrices, or none is given.
+    """
+    if not updates or len(updates) != len(coefficients):
+        raise ShapeError(f"a combination of {len(updates)} updates with {len(coefficients)} coefficients")
+    for other in updates[1:]:
+        updates[0]._must_fit(other)
+    A = torch.cat([update.A for update in updates])  # (R, in)
+    B = A.new_empty(updates[0].shape[0], A.shape[0])  # (out, R)
+    start = 0
+    for update, coefficient in zip(updates, coefficients, strict=True):
+        torch.mul(update.B, coefficient * update.scale, out=B[:, start : start + update.rank])
+        start += update.rank
+    return LowRank(A, B)
+
+
 def zero(shape: tuple[int, int], rank: int = 0, dtype: torch.dtype = torch.float32) -> LowRank:
     """The update that changes nothing, for a matrix of `shape` (out, in)."""
     return LowRank(torch.zeros(rank, shape[1], dtype=dtype), torch.zeros(shape[0], rank, dtype=dtype))
+
+
+def _is_finite(factor: Tensor) -> bool:
+    # A sum over NaN or infinity is never finite, and many times cheaper than a look at each entry; one of large entries
+    # may overflow all the same.
+    return math.isfinite(factor.sum().item()) or bool(torch.isfinite(factor).all())

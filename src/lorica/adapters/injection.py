@@ -174,10 +174,10 @@ def inject(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> Live:
         if _inside(path, tuple(adapter.heads)):
             raise AdapterFormatError(f"the adapter updates {path}, which lies in a head that it replaces whole")
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
     layers = {path: LoraLinear(model.get_submodule(path), update, dropout) for path, update in adapter.updates.items()}
     heads = {path: _live_head(model.get_submodule(path), head) for path, head in adapter.heads.items()}
     replaced = {path: model.get_submodule(path) for path in heads}
+    model.requires_grad_(False)
     for path, module in {**layers, **heads}.items():
         _replace(model, path, module)
     return Live(model, layers, heads, replaced, frozen, adapter.base_model)
@@ -213,16 +213,46 @@ def fuse(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     Raises ModelError if a weight is not a float matrix (a quantised base) or an update holds NaN; nothing is written
     then.
     """
-    fused = {}
-    for path, update in adapter.updates.items():
-        _check_fits(model, path, update)
-        fused[path] = _fused_weight(model.get_submodule(path), path, update)
+    fused = {path: fused_weight(model, path, update) for path, update in adapter.updates.items()}
     pristine = {}
     for path, weight in fused.items():
         target: Tensor = model.get_submodule(path).weight  # type: ignore[assignment]
         pristine[path] = target.clone()
         target.copy_(weight)
     return pristine
+
+
+@torch.no_grad()
+def fused_weight(model: nn.Module, path: str, update: LowRank | Tensor) -> Tensor:
+    """cast(W0 + ΔW) of one module, laid out as the module keeps its weight; the model stays as it is.
+
+    Raises AdapterFormatError if the module is missing or of another shape, ModelError as `summed` does.
+    """
+    _check_fits(model, path, update)
+    module = model.get_submodule(path)
+    if isinstance(module, LoraLinear):
+        raise ModelError(f"{path} carries a live adapter: remove it before fusing")
+    return summed(module.weight, update, path, transposed=is_transposed(module))  # type: ignore[arg-type]
+
+
+def summed(weight: Tensor, update: LowRank | Tensor, path: str, *, transposed: bool) -> Tensor:
+    """cast(W0 + ΔW), summed in fp32, of the weight of the module at `path`, (in, out) if `transposed`, else (out, in).
+
+    Raises ModelError if the weight is no float matrix (a quantised base), the update holds NaN or infinity, or the sum
+    overflows the weight's dtype.
+    """
+    if not weight.is_floating_point() or weight.dim() != 2:
+        raise ModelError(
+            f"{path} is not a float matrix (quantised base?): run the adapter live, or load in a float dtype"
+        )
+    if not (update.is_finite() if isinstance(update, LowRank) else bool(torch.isfinite(update).all())):
+        raise ModelError(f"the update of {path} holds NaN or infinity: nothing was fused")
+    update = update.to(device=weight.device, dtype=torch.float32)
+    dense = update.dense() if isinstance(update, LowRank) else update  # (out, in)
+    fused = (weight.float() + (dense.T if transposed else dense)).to(weight.dtype)
+    if not torch.isfinite(fused).all():
+        raise ModelError(f"the fused weight of {path} overflows {weight.dtype}: nothing was fused")
+    return fused
 
 
 @torch.no_grad()
@@ -269,6 +299,32 @@ def linear_modules(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, t
     return {path: shape for path, shape in shapes.items() if shape is not None and not path.endswith(".base")}
 
 
+@dataclass(frozen=True)
+class Placement:
+    """How a base model keeps the weight of a linear module, live and in its checkpoint."""
+
+    shape: tuple[int, int]  # (out, in)
+    transposed: bool  # kept as (in, out), as GPT-2's Conv1D does
+    keys: tuple[str, ...]  # the names that a checkpoint may give the weight
+    tied_to: str | None = None  # another parameter that is the same tensor
+
+
+def placements(model: nn.Module, prefix: str = "") -> dict[str, Placement]:
+    """Of every linear module, by its path. A checkpoint of the body alone has its keys without the body's `prefix`."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    placed = {}
+    for path, shape in linear_modules(model).items():
+        module = model.get_submodule(path)
+        weight = f"{path}.weight"
+        others = [name for name in names.get(id(module.weight), []) if name != weight]
+        bare = weight.removeprefix(f"{prefix}.")
+        keys = (weight, bare if bare != weight else f"{prefix}.{weight}") if prefix else (weight,)
+        placed[path] = Placement(shape, is_transposed(module), keys, others[0] if others else None)
+    return placed
+
+
 def _matches(path: str, entry: str) -> bool:
     if path == entry or path.endswith("." + entry):
         return True
@@ -291,13 +347,15 @@ def _inside(path: str, roots: Sequence[str]) -> bool:
     return any(path == root or path.startswith(root + ".") for root in roots)
 
 
-def _check_fits(model: nn.Module, path: str, update: LowRank) -> None:
+def _check_fits(model: nn.Module, path: str, update: LowRank | Tensor) -> None:
     try:
         shape = features(model.get_submodule(path))
     except AttributeError:
         raise AdapterFormatError(f"the adapter updates {path!r}, which the model does not have") from None
-    if shape != update.shape:
-        raise AdapterFormatError(f"the adapter updates {path} as {update.shape}, and the model has {shape} there")
+    if shape != tuple(update.shape):
+        raise AdapterFormatError(
+            f"the adapter updates {path} as {tuple(update.shape)}, and the model has {shape} there"
+        )
 
 
 def _check_head_fits(model: nn.Module, path: str, head: Mapping[str, Tensor]) -> None:
@@ -327,23 +385,6 @@ def _inputs_as_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any,
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().float().clone() for name, tensor in module.state_dict().items()}
-
-
-def _fused_weight(module: nn.Module, path: str, update: LowRank) -> Tensor:
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    if isinstance(module, LoraLinear):
-        raise ModelError(f"{path} carries a live adapter: remove it before fusing")
-    if not weight.is_floating_point() or weight.dim() != 2:
-        raise ModelError(
-            f"{path} is not a float matrix (quantised base?): run the adapter live, or load in a float dtype"
-        )
-    if not update.is_finite():
-        raise ModelError(f"the update of {path} holds NaN or infinity: nothing was fused")
-    dense = update.to(torch.float32, weight.device).dense()  # (out, in)
-    fused = (weight.float() + (dense.T if is_transposed(module) else dense)).to(weight.dtype)
-    if not torch.isfinite(fused).all():
-        raise ModelError(f"the fused weight of {path} overflows {weight.dtype}: nothing was fused")
-    return fused
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

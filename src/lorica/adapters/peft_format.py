@@ -13,12 +13,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lorica import files
@@ -37,18 +38,37 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 Profile = Literal["peft", "portable"]
 Layout = Mapping[str, tuple[int, int]]  # path of every linear module of the base -> (out, in)
 
-# What changes the meaning of the factors, and so cannot be left out of account: key of the config -> why it is refused.
+# What changes the meaning of the factors, and so cannot be left out of account: key of the config -> why it is refused,
+# and what to do.
+WITHOUT_IT = "fuse it into its base with PEFT's merge_and_unload, or train it again without"
 REFUSED = {
-    "use_dora": "DoRA adapters scale the merged weight and are not sums of low-rank updates",
-    "lora_bias": "biases beside the factors are not low-rank updates",
-    "layer_replication": "layer_replication changes the base model's depth",
-    "target_parameters": "adapters on bare parameters (experts) are not read yet",
-    "trainable_token_indices": "retrained token embeddings are not low-rank updates",
-    "alora_invocation_tokens": "aLoRA is switched on by a token and is not one update",
-    "use_qalora": "QA-LoRA pools its inputs and is not an update of the weight",
-    "megatron_config": "megatron layouts are not read",
+    "use_dora": (
+        f"DoRA rescales the columns of W0 + s·B·A, so what it adds is no low-rank update and needs W0: {WITHOUT_IT}"
+    ),
+    "lora_bias": f"the biases beside B are no updates of a weight: {WITHOUT_IT}",
+    "layer_replication": "it repeats the base's layers, so the modules are not those of the base: run it with PEFT",
+    "target_parameters": "adapters on bare parameters (experts) are not read: train one on linear modules alone",
+    "trainable_token_indices": f"retrained token embeddings are no low-rank updates: {WITHOUT_IT}",
+    "alora_invocation_tokens": "aLoRA acts only behind its tokens and is no update of the weight: run it with PEFT",
+    "arrow_config": "Arrow routes each token to other adapters: name those adapters themselves",
+    "use_qalora": "QA-LoRA pools its inputs and is no update of the weight: run it with PEFT, or train without it",
+    "use_bdlora": "BD-LoRA keeps the blocks of its factors, not the factors: run it with PEFT, or train without it",
+    "kasa_config": f"KaSA has cut the smallest singular values off the base: {WITHOUT_IT}",
+    "monteclora_config": "MonteCLoRA keeps its sampler among the factors: train it again without",
+    "megatron_config": "megatron layouts are not read: save the adapter from PEFT without megatron",
 }
-REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+BIAS = f"the base's biases were trained too, and they are no updates of a weight: {WITHOUT_IT}"
+CONVERSION = (
+    "it took B0·A0 out of the base, so the update is B·A - B0·A0, and this folder does not hold B0·A0: convert it "
+    "where it was trained, with PEFT's save_pretrained(path_initial_model_for_weight_conversion=FOLDER OF THE ADAPTER "
+    "AS IT WAS BEFORE TRAINING)"
+)
+# Inits that rewrite the base: how the name begins -> why it is refused, and what to do.
+REWRITES_BASE = {
+    **dict.fromkeys(("pissa", "olora", "corda", "lora_ga"), CONVERSION),
+    "loftq": "it put a quantised base in the place of the base, and the factors are for that one: train it again from "
+    "another init",
+}
 
 
 def read(folder: Path) -> Adapter:
@@ -78,7 +98,28 @@ def read(folder: Path) -> Adapter:
     return adapter
 
 
-def write(
+@dataclass(frozen=True)
+class Settings:
+    """What an adapter's config says beside its factors, and a merge of it hands on."""
+
+    task_type: str | None
+    fan_in_fan_out: bool
+
+
+def settings(folder: Path) -> Settings:
+    """The settings of a PEFT folder. Raises as `read` does."""
+    config = _read_config(folder / CONFIG_FILE)
+    task_type = config.get("task_type")
+    return Settings(task_type if isinstance(task_type, str) else None, config.get("fan_in_fan_out") is True)
+
+
+def write(adapter: Adapter, folder: Path, **options: Any) -> None:
+    """Write the adapter as a PEFT folder, replacing `folder` in one rename; options as of `write_into`."""
+    with files.staged_folder(folder) as staging:
+        write_into(adapter, staging, **options)
+
+
+def write_into(
     adapter: Adapter,
     folder: Path,
     *,
@@ -88,7 +129,7 @@ def write(
     dropout: float = 0.0,
     fan_in_fan_out: bool = False,
 ) -> None:
-    """Write the adapter as a PEFT folder, replacing `folder` in one rename.
+    """Write an adapter's two files into a folder that is there, after everything that can be refused has been.
 
     `peft` keeps every module's own rank and alpha (rank_pattern, alpha_pattern). `portable` is what the inference
     servers' loaders read: one rank, lora_alpha = rank, scale folded into B, suffix targets, and every layer of a target
@@ -108,9 +149,8 @@ def write(
         tensors[f"{PREFIX}{path}.lora_B.weight"] = _owned(update.B)
     for path, head in adapter.heads.items():
         tensors |= {f"{PREFIX}{path}.{part}": _owned(tensor) for part, tensor in head.items()}
-    with files.staged_folder(folder) as staging:
-        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        (staging / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def _owned(tensor: Tensor) -> Tensor:
@@ -191,10 +231,11 @@ def _refuse_what_is_no_update(path: Path, config: Mapping[str, Any]) -> None:
         if config.get(key):
             raise AdapterFormatError(f"{path}: {key} is set: {reason}")
     if config.get("bias", "none") != "none":
-        raise AdapterFormatError(f"{path}: bias={config['bias']!r}: {REFUSED['lora_bias']}")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.startswith(REWRITES_BASE):
-        raise AdapterFormatError(f"{path}: init_lora_weights={init!r} has rewritten the base: convert it to plain LoRA")
+        raise AdapterFormatError(f"{path}: bias={config['bias']!r}: {BIAS}")
+    init = str(config.get("init_lora_weights", True))
+    for name, reason in REWRITES_BASE.items():
+        if init.lower().startswith(name):
+            raise AdapterFormatError(f"{path}: init_lora_weights={init!r}: {reason}")
 
 
 def _declared_heads(config: Mapping[str, Any]) -> list[str]:
