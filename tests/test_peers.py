@@ -14,6 +14,7 @@ import tiny
 from lorica import models
 from lorica.adapters import injection, peft_format
 from lorica.adapters.adapter import Adapter
+from lorica.errors import AdapterFormatError
 from lorica.models import Base
 
 peft = pytest.importorskip("peft")
@@ -181,3 +182,26 @@ def test_a_folder_of_peft_written_again_stays_the_same(load: Load, tmp_path: Pat
     base = load("bert")
     write(base, peft_format.read(tmp_path / "first"), tmp_path / "second", "peft")
     assert tiny.relative(theirs(base, tmp_path / "second"), expected) < TOLERANCE
+
+
+# PEFT warns of the conversion that it is about to do.
+@pytest.mark.filterwarnings("ignore:.* changes the base weights of the model:UserWarning")
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("patterns", [{}, {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 3}}])
+def test_an_adapter_that_rewrote_the_base_is_read_once_peft_has_converted_it(
+    load: Load, tmp_path: Path, init: str, patterns: dict[str, Any]
+) -> None:
+    config = peft.LoraConfig(
+        **PLAIN, target_modules=["q_proj", "v_proj"], init_lora_weights=init, task_type="CAUSAL_LM", **patterns
+    )
+    model = peft.get_peft_model(load("opt").model, config).eval()
+    model.save_pretrained(tmp_path / "before")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    expected = tiny.logits(model)
+    model.save_pretrained(tmp_path / "raw")
+    with pytest.raises(AdapterFormatError, match="path_initial_model_for_weight_conversion"):
+        peft_format.read(tmp_path / "raw")
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "before"))
+    assert_read(load("opt"), tmp_path / "converted", expected)

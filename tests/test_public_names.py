@@ -15,6 +15,7 @@ PUBLIC = (
         "Adapter",
         "BoostingCallback",
         "LowRank",
+        "attach_merge",
         "compress",
         "create_adapter",
         "extract",
@@ -23,7 +24,17 @@ PUBLIC = (
         "inject",
         "load_adapter",
     ),
-    *("load_base", "load_task", "remove", "save_adapter", "target_modules", "unfuse", "__version__"),
+    *(
+        "load_base",
+        "load_method",
+        "load_task",
+        "prepare_merge",
+        "remove",
+        "save_adapter",
+        "target_modules",
+        "unfuse",
+        "__version__",
+    ),
 )
 
 

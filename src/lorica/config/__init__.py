@@ -1,6 +1,7 @@
 """One schema for every verb, filled from YAML files, `key=value` words and flags. Imports no torch."""
 
 from lorica.config.flags import FLAGS, Flag
+from lorica.config.merging import EvalSubsetConfig, LambdaPolicyConfig, MergeConfig, TransformConfig
 from lorica.config.reading import check, documented, dump, keys, read, read_yaml
 from lorica.config.schema import (
     AdapterConfig,
@@ -20,13 +21,17 @@ __all__ = [
     "AdapterConfig",
     "BoostingConfig",
     "DemoConfig",
+    "EvalSubsetConfig",
     "EvaluateConfig",
     "ExportConfig",
     "Flag",
+    "LambdaPolicyConfig",
+    "MergeConfig",
     "ModelConfig",
     "PlanConfig",
     "TaskConfig",
     "TrainConfig",
+    "TransformConfig",
     "ZerothOrderConfig",
     "check",
     "documented",

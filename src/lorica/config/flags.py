@@ -47,4 +47,5 @@ FLAGS: dict[str, Flag] = {
     "lr_scheduler_type": Flag("schedule"),
     "warmup_ratio": Flag("warmup"),
     "warmup_steps": Flag("warmup"),
+    "lambda": Flag("method_params.lambda"),
 }

@@ -20,6 +20,7 @@ from lorica.config.schema import Section
 from lorica.errors import ConfigError, MissingPathError, UnknownNameError
 
 CONFIG_LIMIT_BYTES = 1 << 20
+ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 
@@ -104,9 +105,11 @@ def _assignments(schema: type[Section], words: Sequence[str]) -> Iterator[tuple[
     queue = list(words)
     while queue:
         word = queue.pop(0)
+        if word == "--config" and queue:
+            word = queue.pop(0)
         if word.startswith("--"):
             yield _flag(word, queue, known)
-        elif re.match(r"[A-Za-z_][\w.]*=", word):
+        elif ASSIGNMENT.match(word):
             key, text = word.split("=", 1)
             yield word, _known(key, known), _value(text)
         elif word.endswith((".yaml", ".yml")):
@@ -121,10 +124,12 @@ def _flag(word: str, queue: list[str], known: dict[str, Any]) -> tuple[str, str,
     name, has_value, text = word.removeprefix("--").partition("=")
     name = name.replace("-", "_")
     flag = FLAGS.get(name) or (Flag(name) if name in known else None)
-    if flag is None or flag.key not in known:
-        names = [each for each, flag in FLAGS.items() if flag.key in known]
+    if flag is None or not _is_known(flag.key, known):
+        names = [each for each, flag in FLAGS.items() if _is_known(flag.key, known)]
         raise UnknownNameError(plugins.unknown("flag", f"--{name}", [f"--{each}" for each in (*names, *known)]))
-    switch = flag.constant is not None or known[flag.key] is bool
+    if "list[" in str(known.get(flag.key)) and not has_value:
+        return word, flag.key, _next_values(word, queue)
+    switch = flag.constant is not None or known.get(flag.key) is bool
     if not has_value:
         text = _next_value(word, queue, switch)
     if flag.constant is not None:
@@ -142,12 +147,27 @@ def _next_value(word: str, queue: list[str], switch: bool) -> str:
     return queue.pop(0)
 
 
+def _next_values(word: str, queue: list[str]) -> list[Any]:
+    """`--adapters a b c`, or `--adapters [a, b, c]`: the words up to the next flag or assignment."""
+    texts = []
+    while queue and not (queue[0].startswith("--") or ASSIGNMENT.match(queue[0])):
+        texts.append(queue.pop(0))
+    values = [_value(text) for text in texts]
+    if not values:
+        raise ConfigError(f"{word} needs one value or more")
+    return values[0] if isinstance(values[0], list) and len(values) == 1 else values
+
+
 def _known(key: str, known: dict[str, Any]) -> str:
-    """The key, if the schema has it or it names an entry of one of the schema's dicts."""
-    parent = key.rpartition(".")[0]
-    if key in known or getattr(known.get(parent), "__origin__", None) is dict or "dict[" in str(known.get(parent)):
+    if _is_known(key, known):
         return key
     raise UnknownNameError(plugins.unknown("key", key, known))
+
+
+def _is_known(key: str, known: dict[str, Any]) -> bool:
+    """Whether the schema has the key, or it names an entry of one of the schema's dicts."""
+    parent = key.rpartition(".")[0]
+    return key in known or "dict[" in str(known.get(parent))
 
 
 def _value(text: str) -> Any:

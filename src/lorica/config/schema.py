@@ -87,13 +87,13 @@ class ZerothOrderConfig(Section):
     num_directions: int = Field(1, ge=1)
 
 
-def _name_alone(value: Any) -> Any:
-    """`task: sst2` is short for `task: {name: sst2}`."""
+def name_alone(value: Any) -> Any:
+    """`task: sst2` is short for `task: {name: sst2}`, and so for every section with a name."""
     return {"name": value} if isinstance(value, str) else value
 
 
-Model = Annotated[ModelConfig, BeforeValidator(_name_alone)]
-Task = Annotated[TaskConfig, BeforeValidator(_name_alone)]
+Model = Annotated[ModelConfig, BeforeValidator(name_alone)]
+Task = Annotated[TaskConfig, BeforeValidator(name_alone)]
 
 
 class TrainConfig(Section):
@@ -165,8 +165,8 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     """Everything `lorica evaluate` takes beside the runs or adapters that it evaluates."""
 
-    model: Annotated[ModelConfig | None, BeforeValidator(_name_alone)] = None
-    task: Annotated[TaskConfig | None, BeforeValidator(_name_alone)] = None
+    model: Annotated[ModelConfig | None, BeforeValidator(name_alone)] = None
+    task: Annotated[TaskConfig | None, BeforeValidator(name_alone)] = None
     split: Literal["train", "dev", "test"] | None = Field(None, description="None: the run's own eval_split, or test")
     eval_batch_size: int | None = Field(None, ge=1, description="None: the run's own, or 64")
     device: str = "auto"

@@ -1,4 +1,4 @@
-"""What the command line prints: results, plans and catalogues as tables. Imports no torch."""
+"""Evaluations, and what training would need, as tables."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from lorica import config, plugins
-from lorica.errors import UnknownNameError
-from lorica.plugins import Catalogue
+from lorica.tables.cells import size
 
 if TYPE_CHECKING:
     from lorica.evaluation.evaluate import Evaluation
     from lorica.planning import Plan
-
-LISTS = ("tasks", "flags", "keys")
 
 
 def evaluations(found: Sequence[tuple[str, Evaluation]]) -> Table:
@@ -47,42 +43,10 @@ def plan(found: Plan) -> Table:
     for way in found.ways:
         table.add_row(
             *(way.name, f"{way.num_trainable:,}", f"{way.num_trainable / found.num_parameters:.2%}"),
-            *(_size(each) for each in (way.weights_bytes, way.state_bytes, way.activations_bytes, way.total_bytes)),
+            *(size(each) for each in (way.weights_bytes, way.state_bytes, way.activations_bytes, way.total_bytes)),
         )
     table.caption = (
         f"{escape(found.model)}: {found.num_parameters:,} parameters; batch {found.batch_size} of {found.length} "
         f"tokens, {found.dtype}; rank {found.rank} on {found.num_targets} modules"
     )
     return table
-
-
-def listing(what: str) -> Table:
-    """`tasks` with their descriptions, `flags` of the older tools with the keys they set, or `keys` of the config."""
-    if what == "tasks":
-        catalogue = Catalogue("lorica.tasks.catalog", "task")
-        return _columns(("task", "what it asks"), [(name, catalogue.summary(name)) for name in catalogue.names()])
-    if what == "flags":
-        return _columns(("flag", "sets"), [(f"--{name}", _meaning(flag)) for name, flag in config.FLAGS.items()])
-    if what == "keys":
-        return _columns(("key", "default", "meaning"), config.documented(config.TrainConfig))
-    raise UnknownNameError(plugins.unknown("list", what, LISTS))
-
-
-def _meaning(flag: config.Flag) -> str:
-    if flag.constant is not None:
-        return f"{flag.key}={flag.constant}"
-    words = "".join(f" ({old}: {new})" for old, new in (flag.words or {}).items())
-    return f"{flag.key}{words}"
-
-
-def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    return table
-
-
-def _size(num_bytes: int) -> str:
-    if num_bytes < 1e9:
-        return f"{num_bytes / 1e6:.1f} MB"
-    return f"{num_bytes / 1e9:.2f} GB"

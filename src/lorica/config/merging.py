@@ -1,0 +1,131 @@
+"""What may be set of a merge, and the flat keys of older configs read as the same."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from lorica.config.schema import ModelConfig, Section, name_alone
+
+
+def _layer_words(overrides: Any) -> Any:
+    return {str(layer): value for layer, value in overrides.items()} if isinstance(overrides, dict) else overrides
+
+
+def _as_dev(split: Any) -> Any:
+    """Older configs call the dev split by either name."""
+    return {"validation": "dev", "val": "dev"}.get(split, split) if isinstance(split, str) else split
+
+
+SplitName = Annotated[Literal["train", "dev", "test"], BeforeValidator(_as_dev)]
+PerLayer = Annotated[dict[str, float], BeforeValidator(_layer_words)]
+
+
+class TransformConfig(Section):
+    """One transform of every adapter's updates before the merge."""
+
+    name: str
+    params: dict[str, Any] = Field({}, description="the transform's own options")
+
+
+class LambdaPolicyConfig(Section):
+    """The method's `lambda`: one value, a value for each layer, or a weight for each adapter."""
+
+    type: Literal["scalar", "per_layer", "per_adapter"] = "scalar"
+    value: float | None = Field(None, description="of type=scalar")
+    default: float | None = Field(None, description="of type=per_layer: for the layers without an override")
+    overrides: PerLayer = Field({}, description="of type=per_layer: layer, or tower.layer -> lambda")
+    weights: dict[str, float] | list[float] | None = Field(None, description="of type=per_adapter: adapter -> weight")
+
+    @model_validator(mode="after")
+    def _just_its_own_keys(self) -> LambdaPolicyConfig:
+        needed = {"scalar": "value", "per_layer": "default", "per_adapter": "weights"}[self.type]
+        allowed = {"type", needed} | ({"overrides"} if self.type == "per_layer" else set())
+        stray = sorted(self.model_fields_set - allowed)
+        if getattr(self, needed) is None or stray:
+            said = f", and does not take {stray[0]}" if stray else ""
+            raise ValueError(f"lambda_policy.type={self.type} needs lambda_policy.{needed}{said}")
+        return self
+
+
+class SubsetConfig(Section):
+    """Which examples of a split an evaluation looks at."""
+
+    max_samples: int | None = Field(None, ge=1)
+
+
+class EvalSubsetConfig(SubsetConfig):
+    enabled: bool = True
+    seed: int = 0
+    shuffle: bool = True
+    stratified: bool = False
+    per_task: dict[str, SubsetConfig] = Field({}, description="task -> its own subset")
+
+
+class MergeConfig(Section):
+    """Everything `lorica merge` takes."""
+
+    adapters: list[str] = Field([], description="PEFT folders, run folders, names of runs, or tasks (their newest run)")
+    method: str = Field("uniform_delta", description="see `lorica list methods`")
+    method_params: dict[str, Any] = Field({}, description="the method's own options")
+    merge_mode: Literal["common", "strict", "union"] = Field("common", description="which modules are merged")
+    transforms: list[Annotated[TransformConfig, BeforeValidator(name_alone)]] = Field(
+        [], description="see `lorica list transforms`"
+    )
+    lambda_policy: LambdaPolicyConfig | None = None
+    model: Annotated[ModelConfig | None, BeforeValidator(name_alone)] = Field(
+        None, description="None: the adapters' own"
+    )
+    rank: int | None = Field(None, ge=1, description="compress every module to this rank")
+    energy: float | None = Field(None, gt=0, le=1, description="compress to the least rank that keeps this share")
+    rank_budget: int | None = Field(None, ge=1, description="ranks of all modules together, given to the largest σ")
+    save: Literal["adapter", "dense", "model"] = Field("adapter", description="a PEFT folder, ΔW, or a whole model")
+    save_merged: bool = Field(True, description="false: evaluate alone, and write no weights")
+    profile: Literal["peft", "portable"] = "peft"
+    calibration_batches: int = Field(8, ge=1, description="of each task's training data, for methods that need inputs")
+    eval_tasks: list[str] = Field([], description="adapters whose tasks the merge is evaluated on, or all")
+    split: SplitName = "test"
+    eval_subset: EvalSubsetConfig | None = None
+    eval_batch_size: int = Field(64, ge=1)
+    runs_dir: str = Field("runs", description="where names of runs and tasks are looked up")
+    artifacts_dir: str = Field("artifacts", description="where merges go that are given no output_dir")
+    output_dir: str | None = Field(None, description="None: artifacts/merged/<method>/<tasks>/runs/run_<time>")
+    num_workers: int | None = Field(None, ge=1, description="modules at a time; None: one for each core")
+    force: bool = Field(False, description="merge adapters of different base models")
+    seed: int = 0
+    device: str = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_keys(cls, tree: Any) -> Any:
+        return migrated(tree) if isinstance(tree, dict) else tree
+
+    @model_validator(mode="after")
+    def _one_size(self) -> MergeConfig:
+        sizes = [key for key in ("rank", "energy", "rank_budget") if getattr(self, key) is not None]
+        if len(sizes) > 1:
+            raise ValueError(f"{' and '.join(sizes)} are both given: a merge is compressed in one way, drop one")
+        if sizes and self.save != "adapter":
+            raise ValueError(f"{sizes[0]} compresses an adapter, and save={self.save} writes none: drop one of the two")
+        return self
+
+
+def migrated(tree: dict[str, Any]) -> dict[str, Any]:
+    """A merge's config with the flat keys of older ones moved to where they belong, each with a DeprecationWarning."""
+    tree = dict(tree)
+    if "params" in tree:
+        tree["method_params"] = {**tree.pop("params"), **tree.get("method_params", {})}
+        _warn("params", "method_params")
+    if "lambda" in tree:
+        tree["method_params"] = {"lambda": tree.pop("lambda"), **tree.get("method_params", {})}
+        _warn("lambda", "method_params.lambda")
+    if "grid" in tree:
+        tree["search"] = {"type": "grid", "grid": tree.pop("grid"), **tree.get("search", {})}
+        _warn("grid", "search.grid with search.type: grid")
+    return tree
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(f"the top-level key {old} is now {new}", DeprecationWarning, stacklevel=2)

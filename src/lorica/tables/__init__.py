@@ -1,0 +1,7 @@
+"""What the command line prints: results, plans and catalogues as tables. Imports no torch."""
+
+from lorica.tables.catalogues import LISTS, listing
+from lorica.tables.merging import merge_audit, merge_diagnosis, merge_plan, merged
+from lorica.tables.training import evaluations, plan
+
+__all__ = ["LISTS", "evaluations", "listing", "merge_audit", "merge_diagnosis", "merge_plan", "merged", "plan"]

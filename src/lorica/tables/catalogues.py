@@ -1,0 +1,46 @@
+"""What there is under a name, as tables."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from lorica import config, plugins
+from lorica.errors import UnknownNameError
+from lorica.plugins import Catalogue
+from lorica.tables.cells import columns
+
+LISTS = ("tasks", "methods", "transforms", "flags", "keys")
+
+
+def listing(what: str) -> Table:
+    """What there is under a name: `tasks`, merge `methods`, `transforms`, older tools' `flags`, or config `keys`."""
+    if what == "tasks":
+        catalogue = Catalogue("lorica.tasks.catalog", "task")
+        return columns(("task", "what it asks"), [(name, catalogue.summary(name)) for name in catalogue.names()])
+    if what == "methods":
+        return _plugins(Catalogue("lorica.merging.methods", "merge method"), "merge")
+    if what == "transforms":
+        return _plugins(Catalogue("lorica.merging.transforms", "transform"), "transform")
+    if what == "flags":
+        return columns(("flag", "sets"), [(f"--{name}", _meaning(flag)) for name, flag in config.FLAGS.items()])
+    if what == "keys":
+        of_merges = config.documented(config.MergeConfig)
+        merging = [(key, default, f"merge: {meaning}") for key, default, meaning in of_merges]
+        return columns(("key", "default", "meaning"), [*config.documented(config.TrainConfig), *merging])
+    raise UnknownNameError(plugins.unknown("list", what, LISTS))
+
+
+def _plugins(catalogue: Catalogue, function: str) -> Table:
+    rows = []
+    for name in catalogue.names():
+        pairs = catalogue.options(name, function)
+        options = ", ".join(f"{option}={default}" if default else option for option, default in pairs)
+        rows.append((name, catalogue.summary(name), options, catalogue.source(name)))
+    return columns((catalogue.kind, "what it does", "options", "source"), rows)
+
+
+def _meaning(flag: config.Flag) -> str:
+    if flag.constant is not None:
+        return f"{flag.key}={flag.constant}"
+    words = "".join(f" ({old}: {new})" for old, new in (flag.words or {}).items())
+    return f"{flag.key}{words}"
