@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,9 +15,12 @@ from rich.console import Console
 from lorica import __version__
 from lorica.errors import ConfigError, LoricaError
 
+if TYPE_CHECKING:
+    from lorica.runs.merge import MergedRun
+
 app = typer.Typer(
     name="lorica",
-    help="Train, evaluate and inspect LoRA adapters.",
+    help="Train, boost, merge and evaluate LoRA adapters.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -89,6 +92,50 @@ def export(context: typer.Context) -> None:
 
 
 @app.command(context_settings=WORDS)
+def merge(context: typer.Context) -> None:
+    """Merge adapters into one: lorica merge --adapters A B --method ties rank=16 output_dir=OUT, or FILE.yaml.
+
+    With --plan: what it would read, hold, take and lose. With --diagnose: how the adapters relate, and which methods
+    suit. lorica merge --audit OUT A B: how far an adapter merged by another tool is from the exact merge.
+    """
+    from lorica import config, runs, tables
+
+    words = list(context.args)
+    if "--audit" in words:
+        words.remove("--audit")
+        targets = _leading(words)
+        cfg = config.read(config.MergeConfig, [*words[len(targets) :], "--adapters", *targets[1:]])
+        OUT.print(tables.merge_audit(runs.audit_merge(targets, cfg)))
+        return
+    asked = [word for word in ("--plan", "--diagnose") if word in words]
+    cfg = config.read(config.MergeConfig, [word for word in words if word not in asked])
+    if "--plan" in asked:
+        OUT.print(tables.merge_plan(runs.plan_merge(cfg)))
+    if "--diagnose" in asked:
+        OUT.print(tables.merge_diagnosis(runs.diagnose_merge(cfg)))
+    if not asked:
+        _print_merge(runs.merge(cfg, ERR))
+
+
+@app.command(name="evaluate-merged", context_settings=WORDS)
+def evaluate_merged(context: typer.Context) -> None:
+    """Merge and evaluate without saving weights: lorica evaluate-merged FILE.yaml --eval-tasks a b --split test."""
+    from lorica import config, runs
+
+    cfg = config.read(config.MergeConfig, [*context.args, "save_merged=false"])
+    _print_merge(runs.merge(cfg.model_copy(update={"eval_tasks": cfg.eval_tasks or ["all"]}), ERR))
+
+
+def _print_merge(done: MergedRun) -> None:
+    from lorica import tables
+
+    for line in tables.merged(done):
+        OUT.print(line, highlight=False, soft_wrap=isinstance(line, str))
+    if done.folder is not None:
+        OUT.print(str(done.folder), highlight=False, soft_wrap=True)
+
+
+@app.command(context_settings=WORDS)
 def plan(context: typer.Context) -> None:
     """Say what training would need, without loading weights: lorica plan model=M adapter.rank=8 length=128."""
     from lorica import config, runs, tables
@@ -97,8 +144,8 @@ def plan(context: typer.Context) -> None:
 
 
 @app.command(name="list")
-def list_(what: Annotated[str, typer.Argument(help="tasks, flags or keys")] = "tasks") -> None:
-    """List what lorica knows by name: tasks, flags of older tools, or config keys."""
+def list_(what: Annotated[str, typer.Argument(help="tasks, methods, transforms, flags or keys")] = "tasks") -> None:
+    """List what lorica knows by name: tasks, merge methods and transforms, flags of older tools, or config keys."""
     from lorica import tables
 
     OUT.print(tables.listing(what))

@@ -5,8 +5,25 @@ This is the only room that knows both the config and the components.
 
 from lorica.runs.evaluate import evaluate_target
 from lorica.runs.export import Exported, export
+from lorica.runs.merge import MergedRun, merge
+from lorica.runs.merge_insight import audit_merge, diagnose_merge, plan_merge
 from lorica.runs.plan import plan
 from lorica.runs.ready import Ready, chosen, prepare
 from lorica.runs.train import Trained, train
 
-__all__ = ["Exported", "Ready", "Trained", "chosen", "evaluate_target", "export", "plan", "prepare", "train"]
+__all__ = [
+    "Exported",
+    "MergedRun",
+    "Ready",
+    "Trained",
+    "audit_merge",
+    "chosen",
+    "diagnose_merge",
+    "evaluate_target",
+    "export",
+    "merge",
+    "plan",
+    "plan_merge",
+    "prepare",
+    "train",
+]

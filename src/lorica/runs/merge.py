@@ -1,0 +1,268 @@
+"""`lorica merge`: many adapters to one, from config to a folder that says what was done and what it cost."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from safetensors.torch import save_file
+
+from lorica import card, config, files, models, results
+from lorica.adapters import peft_format
+from lorica.adapters.adapter import Adapter
+from lorica.config import LambdaPolicyConfig, MergeConfig
+from lorica.errors import ConfigError
+from lorica.evaluation.evaluate import Evaluation
+from lorica.evaluation.recovery import Recovery, summarise
+from lorica.merging import method as methods
+from lorica.merging import saving
+from lorica.merging import transform as transforms
+from lorica.merging.coefficients import LambdaPolicy
+from lorica.merging.merge import Merge, Merged, Size, prepare, total_error
+from lorica.merging.method import Method
+from lorica.progress import tracked
+from lorica.runs.calibration import grams_for
+from lorica.runs.merge_evaluation import evaluation_name, model_of, open_arena
+from lorica.runs.sources import Source, resolve
+
+# What a module that was fused whole has lost.
+EXACT = {"rank": None, "full_rank": None, "error": 0.0, "norm": None, "distance": None}
+
+
+@dataclass(frozen=True)
+class MergedRun:
+    """What a merge left: its folder (None if nothing was saved), what it lost, and how the tasks fared."""
+
+    folder: Path | None
+    method: str
+    modules: Mapping[str, Mapping[str, Any]]  # path -> record of the merged module
+    dropped: tuple[str, ...]
+    seconds: float
+    evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
+    recoveries: Sequence[Recovery] = ()
+
+    def as_record(self) -> dict[str, Any]:
+        modules = self.modules.values()
+        summary = summarise(self.recoveries)
+        return {
+            "method": self.method,
+            "num_modules": len(modules),
+            "max_rank": max((each["rank"] for each in modules if each["rank"] is not None), default=None),
+            "total_error": total_error([(each["error"], each["norm"] or 0.0) for each in modules]),
+            "worst_error": max((each["error"] for each in modules), default=0.0),
+            "distance": max((each["distance"] for each in modules if each["distance"] is not None), default=None),
+            "tasks": [each.as_record() for each in self.recoveries],
+            "recovery": summary.as_record() if summary else None,
+            "merge_seconds": self.seconds,
+        }
+
+
+def merge(cfg: MergeConfig, say: Console) -> MergedRun:
+    """Merge, evaluate on the tasks asked for, and write the folder; whatever can be refused is refused before any work.
+
+    Raises the errors of `resolve`, `prepare` and of the method's options, each in one line, with nothing written.
+    """
+    begin = time.monotonic()
+    if cfg.output_dir is not None:
+        results.check_free(cfg.output_dir)
+    sources = resolve(cfg.adapters, Path(cfg.runs_dir))
+    judged_on = _judged_on(cfg, sources)
+    making = Making(settle(cfg, sources), keeps=cfg.save == "adapter" or not cfg.save_merged)
+    with contextlib.ExitStack() as staged:
+        folder = _folder(cfg, making.merge.method.name, sources)
+        staging = staged.enter_context(files.staged_folder(folder))
+        if cfg.save_merged:
+            _write_weights(cfg, making, sources, staging)
+        seconds = time.monotonic() - begin
+        evaluations, recoveries = _evaluated(cfg, judged_on, making)
+        run = MergedRun(
+            folder, making.merge.method.name, making.records, making.merge.dropped, seconds, evaluations, recoveries
+        )
+        _write_records(cfg, making.merge, sources, run, staging)
+    _index_evaluations(cfg, run, folder)
+    return run
+
+
+class Making:
+    """A merge under way: its modules one by one, with a record of each; kept where they are small and needed again."""
+
+    def __init__(self, merge: Merge, keeps: bool) -> None:
+        self.merge = merge
+        self.records: dict[str, dict[str, Any]] = {}
+        self._keeps = keeps
+        self._kept: list[Merged] = []
+
+    def modules(self) -> Iterator[Merged]:
+        """Every module, computed anew unless it was kept."""
+        if self._kept:
+            yield from self._kept
+            return
+        made = []
+        for each in tracked(self.merge.modules(), len(self.merge.paths), f"merging by {self.merge.method.name}"):
+            self.records[each.path] = each.as_record()
+            if self._keeps:
+                made.append(each)
+            yield each
+            del each  # or a dense update would live on while the next is made
+        self._kept = made
+
+
+def settle(cfg: MergeConfig, sources: Sequence[Source]) -> Merge:
+    """The merge that a config asks for, checked and surveyed, and not yet computed."""
+    chosen = settings(cfg, len(sources))
+    method: Method = chosen.pop("method")
+    adapters = {source.name: source.adapter for source in sources}
+    with_grams = partial(prepare, adapters, method, as_factors=cfg.save == "adapter", **chosen)
+    without = with_grams(grams=None)
+    if not method.needs_grams:
+        return without
+    one_after_the_other = (lambda grams: with_grams(grams=grams)) if method.grams == "merged" else None
+    return with_grams(grams=grams_for(cfg, sources, without.paths, one_after_the_other))
+
+
+def settings(cfg: MergeConfig, num_adapters: int) -> dict[str, Any]:
+    """How a config says to merge: what `prepare` and `plan` take as keywords, and the method."""
+    policy, weights = _policy(cfg.lambda_policy)
+    return {
+        "method": methods.load(cfg.method, cfg.method_params, num_adapters),
+        "mode": cfg.merge_mode,
+        "weights": weights,
+        "transforms": [transforms.load(each.name, each.params) for each in cfg.transforms],
+        "policy": policy,
+        "size": Size(cfg.rank, cfg.energy, cfg.rank_budget),
+        "num_workers": cfg.num_workers,
+        "force": cfg.force,
+    }
+
+
+def _policy(given: LambdaPolicyConfig | None) -> tuple[LambdaPolicy | None, Any]:
+    """(lambda of each module, weight of each adapter)"""
+    if given is None:
+        return None, None
+    if given.type == "per_adapter":
+        return None, given.weights
+    value = given.value if given.type == "scalar" else given.default
+    assert value is not None
+    return LambdaPolicy(value, given.overrides), None
+
+
+def _judged_on(cfg: MergeConfig, sources: Sequence[Source]) -> list[Source]:
+    """The sources whose tasks the merge is evaluated on."""
+    by_name = {source.name.lower(): source for source in sources}
+    if cfg.eval_tasks == ["all"]:
+        return list(sources)
+    unknown = [name for name in cfg.eval_tasks if name.lower() not in by_name]
+    if unknown:
+        raise ConfigError(
+            f"eval_tasks={unknown[0]}: the merge has the tasks {', '.join(by_name)}; `all` is all of them"
+        )
+    return [by_name[name.lower()] for name in cfg.eval_tasks]
+
+
+def _evaluated(
+    cfg: MergeConfig, judged_on: Sequence[Source], making: Making
+) -> tuple[dict[str, Evaluation], list[Recovery]]:
+    """One task after the other, so that one base model is in memory at a time."""
+    evaluations, recoveries = {}, []
+    for source in judged_on:
+        evaluations[source.name], found = open_arena(source, cfg, cfg.split).judged(making.modules())
+        recoveries.append(found)
+    return evaluations, recoveries
+
+
+def _folder(cfg: MergeConfig, method: str, sources: Sequence[Source]) -> Path:
+    if cfg.output_dir is not None:
+        return Path(cfg.output_dir)
+    combo = files.slug("_".join(source.name for source in sources))
+    return files.dated(Path(cfg.artifacts_dir) / "merged" / method / combo / "runs", "run")
+
+
+def _write_weights(cfg: MergeConfig, making: Making, sources: Sequence[Source], folder: Path) -> None:
+    """The merged weights in the form asked for, and every task's head beside them."""
+    if cfg.save == "dense":
+        shapes = {path: making.merge.shape(path) for path in making.merge.paths}
+        saving.dense_patch(making.modules(), shapes, folder / "delta.safetensors")
+    elif cfg.save == "model":
+        model = model_of(sources[0], cfg)
+        base = models.checkpoint_folder(model.name, model.revision)
+        saving.fused_model(making.merge, base, folder / "model", models.placements(model.name, revision=model.revision))
+        making.records |= dict.fromkeys(making.merge.paths, EXACT)
+    else:
+        _write_adapter(cfg, sources, list(making.modules()), folder)
+    for source in sources:
+        heads = source.adapter.heads
+        if heads:
+            (folder / "heads").mkdir(exist_ok=True)
+            tensors = {f"{path}.{part}": each for path, head in heads.items() for part, each in head.items()}
+            save_file(tensors, folder / "heads" / f"{source.name}.safetensors")
+
+
+def _write_adapter(cfg: MergeConfig, sources: Sequence[Source], modules: Sequence[Merged], folder: Path) -> None:
+    """The PEFT files; a head goes with them only if it is the one adapter's own."""
+    first = sources[0]
+    merged = saving.adapter(modules)
+    heads = first.adapter.heads if len(sources) == 1 else {}
+    settings = peft_format.settings(first.folder)
+    layout = None
+    if cfg.profile == "portable":
+        layout = {path: each.shape for path, each in models.placements(model_of(first, cfg).name).items()}
+    peft_format.write_into(
+        Adapter(merged.updates, heads, first.adapter.base_model),
+        folder,
+        profile=cfg.profile,
+        layout=layout,
+        task_type=settings.task_type if heads or settings.task_type != "SEQ_CLS" else None,
+        fan_in_fan_out=settings.fan_in_fan_out,
+    )
+
+
+def _write_records(cfg: MergeConfig, prepared: Merge, sources: Sequence[Source], run: MergedRun, folder: Path) -> None:
+    files.write_atomic(folder / "config.yaml", config.dump(cfg))
+    metadata = {
+        "method": run.method,
+        "method_params": dict(prepared.method.options),
+        "merge_mode": cfg.merge_mode,
+        "transforms": [{"name": each.name, "params": dict(each.options)} for each, _ in prepared.transforms],
+        "lambda_policy": cfg.lambda_policy.model_dump(mode="json") if cfg.lambda_policy else None,
+        "weights": dict(zip(prepared.names, prepared.weights, strict=True)),
+        "size": asdict(prepared.size),
+        "save": cfg.save if cfg.save_merged else None,
+        "sources": [source.as_record() for source in sources],
+        "modules": run.modules,
+        "dropped_modules": list(run.dropped),
+        "total_error": run.as_record()["total_error"],
+        "origin": results.origin(cfg.seed, cfg.device),
+        "timing": {"merge_seconds": run.seconds},
+    }
+    files.write_json(folder / "merge_metadata.json", metadata)
+    files.write_json(folder / "summary.json", run.as_record())
+    if run.evaluations:
+        name = evaluation_name(cfg.split, cfg.eval_subset)
+        files.write_json(folder / f"eval_results_{name}.json", _evaluation_record(run))
+    files.write_atomic(folder / "README.md", card.merge_card(metadata, run.as_record(), cfg.split))
+
+
+def _evaluation_record(run: MergedRun) -> dict[str, Any]:
+    by_task = {each.task: each.as_record() for each in run.recoveries}
+    return {name: {**found.as_record(), "recovery": by_task[name]} for name, found in run.evaluations.items()}
+
+
+def _index_evaluations(cfg: MergeConfig, run: MergedRun, folder: Path) -> None:
+    """One line in the index of all evaluations, and each task's metrics beside those of every other merge."""
+    if not run.evaluations or cfg.output_dir is not None:
+        return
+    unified = Path(cfg.artifacts_dir) / "evaluations"
+    name = evaluation_name(cfg.split, cfg.eval_subset)
+    results_file = folder / f"eval_results_{name}.json"
+    for task in run.evaluations:
+        place = unified / name / files.slug(task)
+        place.mkdir(parents=True, exist_ok=True)
+        files.link_or_copy(results_file, place / f"{run.method}-{folder.parents[1].name}-{folder.name}.json")
+    line = {"folder": str(folder), "split": name, "finished": time.time(), **run.as_record()}
+    files.append_record(unified / "index.jsonl", line)

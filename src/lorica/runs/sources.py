@@ -1,0 +1,118 @@
+"""The adapters of a merge, found by what the user calls them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorica import config, files, plugins, results
+from lorica.adapters import peft_format
+from lorica.adapters.adapter import Adapter
+from lorica.config import TrainConfig
+from lorica.errors import MissingPathError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an adapter lies, its name in the merge, and the config of the run that made it, if known."""
+
+    name: str
+    folder: Path
+    run: TrainConfig | None
+
+
+@dataclass(frozen=True)
+class Source(Place):
+    """One adapter to merge."""
+
+    adapter: Adapter
+
+    def as_record(self) -> dict[str, Any]:
+        weights = self.folder / peft_format.WEIGHTS_FILE
+        with files.open_regular(weights) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        ranks = sorted({update.rank for update in self.adapter.updates.values()})
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "sha256": digest,
+            "base_model": self.adapter.base_model,
+            "ranks": ranks,
+            "num_modules": len(self.adapter.updates),
+            "heads": list(self.adapter.heads),
+        }
+
+
+def resolve(words: Sequence[str], runs_dir: Path) -> list[Source]:
+    """The adapters that `words` name, read."""
+    return [
+        Source(place.name, place.folder, place.run, peft_format.read(place.folder)) for place in locate(words, runs_dir)
+    ]
+
+
+def locate(words: Sequence[str], runs_dir: Path) -> list[Place]:
+    """Where the adapters lie that `words` name, in their order, each with a name of its own.
+
+    A word is a PEFT folder, a run folder, the name of a run in `runs_dir`, or a task, which means its newest finished
+    run there. Raises MissingPathError, with the nearest names, for any other.
+    """
+    places: list[Place] = []
+    for word in words:
+        folder, run = _found(word, runs_dir)
+        cfg = config.check(TrainConfig, config.read_yaml(run.config)) if run else None
+        places.append(Place(_unused(_name(folder, cfg), [each.name for each in places]), folder, cfg))
+    return places
+
+
+def _found(word: str, runs_dir: Path) -> tuple[Path, results.RunFolder | None]:
+    """The PEFT folder that a word means, and the run that it belongs to."""
+    for path in (Path(word), runs_dir / word):
+        if (path / peft_format.CONFIG_FILE).is_file():
+            beside = path.parent / "config.yaml"
+            return path, results.open_run(path.parent) if path.name == "adapter" and beside.is_file() else None
+        if (path / "config.yaml").is_file():
+            run = results.open_run(path)
+            return run.adapter, run
+    by_task = _newest_by_task(runs_dir)
+    if word.lower() in by_task:
+        run = by_task[word.lower()]
+        return run.adapter, run
+    near = plugins.nearest(word, [*by_task, *(run.path.name for run in by_task.values())])
+    hint = f": did you mean {' or '.join(near)}?" if near else f" in {runs_dir}/ (runs_dir=)"
+    raise MissingPathError(
+        f"no adapter {word!r}: it is no PEFT folder, no run folder, and no task of a finished run{hint}"
+    )
+
+
+def _newest_by_task(runs_dir: Path) -> dict[str, results.RunFolder]:
+    """Task, in small letters -> its newest finished run."""
+    index = runs_dir / "index.jsonl"
+    newest: dict[str, results.RunFolder] = {}
+    for line in files.read_records(index) if index.is_file() else []:
+        run = results.RunFolder(runs_dir / files.slug(str(line["run"]), limit=200))
+        if run.config.is_file() and run.adapter.is_dir():
+            newest[_task(config.check(TrainConfig, config.read_yaml(run.config))).lower()] = run
+    return newest
+
+
+def _task(cfg: TrainConfig) -> str:
+    return (cfg.task.name or Path(cfg.task.path or "adapter").name).rpartition("/")[2]
+
+
+def _name(folder: Path, cfg: TrainConfig | None) -> str:
+    """A run's adapter is called by its task, another by its folder."""
+    if cfg is not None:
+        return files.slug(_task(cfg))
+    whole = folder.resolve()
+    return files.slug(whole.parent.name if whole.name == "adapter" else whole.name)
+
+
+def _unused(name: str, taken: Sequence[str]) -> str:
+    number = 2
+    unused = name
+    while unused in taken:
+        unused, number = f"{name}-{number}", number + 1
+    return unused
