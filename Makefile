@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench clean
+.PHONY: help install peers demo test check format bench clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -14,6 +14,14 @@ install: .venv/installed  ## create .venv and install lorica with its developmen
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,peers]"
+	touch $@
+
+peers: .venv-mergekit/installed  ## create .venv-mergekit, where mergekit is compared with: its pins are its own
+
+.venv-mergekit/installed: constraints.txt
+	test -x .venv-mergekit/bin/python || $(PYTHON) -m venv .venv-mergekit
+	.venv-mergekit/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	.venv-mergekit/bin/python -m pip install --quiet --constraint constraints.txt mergekit==0.1.5
 	touch $@
 
 demo: install  ## train on the embedded model and tasks, print a table, leave an output folder
@@ -38,4 +46,4 @@ bench: install  ## compare with peers side by side; needs LORICA_SHARED=folder w
 	$(BIN)/python benchmarks/write_tables.py
 
 clean:  ## remove what was made here
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out
+	rm -rf .venv .venv-mergekit .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs/boosting.md", ROOT / "docs/benchmarks.md")
+PAGES = tuple(ROOT / name for name in ("README.md", "docs/boosting.md", "docs/benchmarks.md", "docs/merging.md"))
 BLOCK = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Record = dict[str, Any]
@@ -98,6 +98,54 @@ def _cell(row: Record) -> str:
     return f"{row['mean']:.4f} ± {row['spread'] / 2:.4f} (rate {row['rate']:g}{rounds})"
 
 
+def _merge_cost(record: Record) -> str:
+    rows = []
+    for case, found in record["peft"].items():
+        ours, theirs = found["lorica"], found["peft"]
+        rows.append((f"{case}, against PEFT", *_cost(ours), f"{theirs['cpu_seconds']:.2f}", _errors(ours, theirs)))
+    ours, theirs = record["mergekit"]["lorica"], record["mergekit"]["mergekit"]
+    total = f"{theirs['process_cpu_seconds']:.1f}, imports included"
+    rows.append(("task arithmetic, files to a file, against mergekit", *_cost(ours), total, _errors(ours, theirs)))
+    large = record["llama_8b"]
+    rows.append(("8B shapes, bf16 files to a file of rank 16", *_cost(large), "", ""))
+    head = ("one thread", "lorica, CPU s", "peak, MiB", "peer, CPU s", "error, lorica and peer")
+    return _markdown(head, rows)
+
+
+def _cost(found: Record) -> tuple[str, str]:
+    low, high = found["cpu_seconds_spread"]
+    return f"{found['cpu_seconds']:.3g} ({low:.3g} to {high:.3g})", f"{found['peak_mib']:.0f}"
+
+
+def _errors(ours: Record, theirs: Record) -> str:
+    return f"{ours['error']:.4f}, {theirs['error']:.4f}"
+
+
+def _merge_recovery(record: Record) -> str:
+    rows = [
+        (
+            f"{row['method']}{'' if row['tasks'] > 2 else ', ' + ' and '.join(record['pair']) + ' alone'}",
+            *_recovered(row["default"]),
+            f"{row['parameter']} = {row['value']:g}" if row["tuned"] else "",
+            *(_recovered(row["tuned"]) if row["tuned"] else ("", "")),
+        )
+        for row in sorted(record["rows"], key=_tuned_minimum, reverse=True)
+    ]
+    methods = _markdown(("method", "minimum, default", "mean, default", "tuned", "minimum", "mean"), rows)
+    controls = [(name, *_recovered(found)) for name, found in record["controls"].items()]
+    return f"{methods}\n\n{_markdown(('control', 'minimum', 'mean'), controls)}"
+
+
+def _tuned_minimum(row: Record) -> tuple[bool, float]:
+    """All tasks first, then by the tuned minimum."""
+    return row["tasks"] > 2, (row["tuned"] or row["default"])["recovery"]["minimum"][0]
+
+
+def _recovered(found: Record) -> tuple[str, str]:
+    minimum, mean = (found["recovery"][name] for name in ("minimum", "mean"))
+    return tuple(f"{value:.2f} ({low:.2f} to {high:.2f})" for value, low, high in (minimum, mean))  # type: ignore[return-value]
+
+
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
@@ -107,6 +155,8 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "step_time": _step_time,
     "quality_vs_peft": _quality_vs_peft,
     "boosting_arms": _boosting_arms,
+    "merge_cost": _merge_cost,
+    "merge_recovery": _merge_recovery,
 }
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOMS = (
     *("errors", "randomness", "plugins", "files", "config", "results", "progress"),
     *("adapters", "models", "planning", "tasks", "evaluation", "optim", "training", "merging"),
-    *("card", "runs", "demo", "tables", "cli"),
+    *("studies", "card", "runs", "demo", "tables", "cli"),
 )
 PACKAGE = Path(__file__).parents[1] / "src" / "lorica"
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from lorica import config
-from lorica.config import FLAGS, EvaluateConfig, MergeConfig, TrainConfig
+from lorica.config import FLAGS, EvaluateConfig, MergeConfig, SweepConfig, TrainConfig
 from lorica.errors import ConfigError, LoricaError, MissingPathError, UnknownNameError
 
 
@@ -55,7 +55,7 @@ def test_mezo_style_line_means_what_it_meant() -> None:
 
 
 def test_every_flag_sets_a_key_that_there_is() -> None:
-    known = {**config.keys(TrainConfig), **config.keys(MergeConfig)}
+    known = {**config.keys(TrainConfig), **config.keys(SweepConfig)}
     assert [name for name, flag in FLAGS.items() if flag.key not in known and flag.key != "method_params.lambda"] == []
 
 
@@ -110,9 +110,17 @@ def test_every_key_states_its_bounds_by_type() -> None:
             assert kind is not object and "Any" not in str(kind), key
 
 
+@pytest.mark.parametrize("policy", ["{type: scalar, value: 0.7}", "{type: per_layer, default: 0.5, overrides: {0: 1}}"])
+def test_a_dumped_merge_reads_back_the_same(policy: str, tmp_path: Path) -> None:
+    cfg = config.read(MergeConfig, ["adapters=[a, b]", f"lambda_policy={policy}"])
+    (tmp_path / "config.yaml").write_text(config.dump(cfg))
+    assert config.read(MergeConfig, [str(tmp_path / "config.yaml")]) == cfg
+
+
 def test_shipped_configs_are_valid() -> None:
     shipped = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
     assert shipped
     for path in shipped:
-        schema = MergeConfig if path.parent.name == "merge" else TrainConfig
+        of_merges = SweepConfig if "_sweep_" in path.name else MergeConfig
+        schema = of_merges if path.parent.name == "merge" else TrainConfig
         assert isinstance(config.check(schema, config.read_yaml(path)), BaseModel)

@@ -29,6 +29,7 @@ from lorica.errors import (
 from lorica.merging.method import METHODS
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "merge"
+MERGES = sorted(file for file in CONFIGS.glob("*.yaml") if "_sweep_" not in file.name)
 
 
 def lorica(*words: object) -> str:
@@ -109,7 +110,7 @@ def test_evaluate_merged_writes_no_weights(runs_dir: Path, tmp_path: Path) -> No
     assert not list(out.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", MERGES, ids=lambda file: file.stem)
 def test_every_shipped_config_runs(file: Path, runs_dir: Path, tmp_path: Path) -> None:
     merge(runs_dir, "--config", file, f"output_dir={tmp_path / 'out'}")
     assert peft_format.read(tmp_path / "out").updates
@@ -149,6 +150,21 @@ def test_a_fused_model_is_the_base_plus_the_merge(runs_dir: Path, tmp_path: Path
     tokens = torch.arange(5, 25)[None]
     with torch.no_grad():  # the embedded model is kept in half precision, and so is what it is fused to
         assert tiny.relative(fused.model(tokens).logits, live.model(tokens).logits) < 1e-3
+
+
+def test_a_merge_of_classifiers_keeps_every_head_and_evaluates(runs_dir: Path, tmp_path: Path) -> None:
+    data, folders = runs_dir.parent / "data", []
+    for task in ("topic", "sentiment"):
+        words = ("model=demo", "model.kind=classification", f"task.path={data / task}", "task.num_eval=60")
+        folders.append(tmp_path / task)
+        lorica("train", *words, "max_steps=5", "batch_size=8", "adapter.rank=2", f"output_dir={folders[-1]}")
+    out = tmp_path / "out"
+    lorica("merge", "--adapters", *folders, f"output_dir={out}", "--eval-tasks", "all")
+    assert sorted(each.name for each in (out / "heads").iterdir()) == ["sentiment.safetensors", "topic.safetensors"]
+    assert not peft_format.read(out).heads
+    merged = json.loads((out / "eval_results_test.json").read_text())["topic"]["metrics"]["accuracy"]["value"]
+    words = ("model=demo", "model.kind=classification", f"task.path={data / 'topic'}", "task.num_eval=60")
+    assert f"{merged:.4f}" in lorica("evaluate", out, *words)
 
 
 def test_old_keys_are_read_and_told(runs_dir: Path, tmp_path: Path) -> None:

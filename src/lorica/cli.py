@@ -131,8 +131,23 @@ def _print_merge(done: MergedRun) -> None:
 
     for line in tables.merged(done):
         OUT.print(line, highlight=False, soft_wrap=isinstance(line, str))
-    if done.folder is not None:
-        OUT.print(str(done.folder), highlight=False, soft_wrap=True)
+    OUT.print(str(done.folder), highlight=False, soft_wrap=True)
+
+
+@app.command(name="merge-sweep", context_settings=WORDS, help="The same as sweep.")
+@app.command(context_settings=WORDS)
+def sweep(context: typer.Context) -> None:
+    """Choose a merge's parameters: lorica sweep FILE.yaml --search-type grid --grid '{"lambda": [0, 0.5, 1]}'.
+
+    Every point is judged on dev by what the merge keeps of each task; the winner is saved, and evaluated once on test.
+    lorica sweep resume=FOLDER goes on after a crash.
+    """
+    from lorica import config, runs, tables
+
+    done = runs.sweep(config.read(config.SweepConfig, context.args), ERR)
+    for line in tables.sweep(done.summary):
+        OUT.print(line, highlight=False, soft_wrap=isinstance(line, str))
+    OUT.print(str(done.folder), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(context_settings=WORDS)

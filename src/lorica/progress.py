@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -28,10 +29,16 @@ def bar(transient: bool = False) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
+        console=_console(),
         transient=transient,
         disable=not sys.stderr.isatty(),
     )
+
+
+@functools.cache
+def _console() -> Console:
+    """One for all bars: rich draws a bar within a bar only where both are on the same console."""
+    return Console(stderr=True)
 
 
 def tracked(items: Iterable[Item], total: int, description: str) -> Iterator[Item]:

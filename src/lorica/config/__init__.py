@@ -1,7 +1,14 @@
 """One schema for every verb, filled from YAML files, `key=value` words and flags. Imports no torch."""
 
 from lorica.config.flags import FLAGS, Flag
-from lorica.config.merging import EvalSubsetConfig, LambdaPolicyConfig, MergeConfig, TransformConfig
+from lorica.config.merging import (
+    EvalSubsetConfig,
+    LambdaPolicyConfig,
+    MergeConfig,
+    SearchConfig,
+    SweepConfig,
+    TransformConfig,
+)
 from lorica.config.reading import check, documented, dump, keys, read, read_yaml
 from lorica.config.schema import (
     AdapterConfig,
@@ -29,6 +36,8 @@ __all__ = [
     "MergeConfig",
     "ModelConfig",
     "PlanConfig",
+    "SearchConfig",
+    "SweepConfig",
     "TaskConfig",
     "TrainConfig",
     "TransformConfig",

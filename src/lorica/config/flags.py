@@ -48,4 +48,6 @@ FLAGS: dict[str, Flag] = {
     "warmup_ratio": Flag("warmup"),
     "warmup_steps": Flag("warmup"),
     "lambda": Flag("method_params.lambda"),
+    "search_type": Flag("search.type"),
+    "grid": Flag("search.grid"),
 }

@@ -43,7 +43,9 @@ class LambdaPolicyConfig(Section):
     def _just_its_own_keys(self) -> LambdaPolicyConfig:
         needed = {"scalar": "value", "per_layer": "default", "per_adapter": "weights"}[self.type]
         allowed = {"type", needed} | ({"overrides"} if self.type == "per_layer" else set())
-        stray = sorted(self.model_fields_set - allowed)
+        # A written config states every key, at its default where it was not set.
+        set_keys = {key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default}
+        stray = sorted(set_keys - allowed)
         if getattr(self, needed) is None or stray:
             said = f", and does not take {stray[0]}" if stray else ""
             raise ValueError(f"lambda_policy.type={self.type} needs lambda_policy.{needed}{said}")
@@ -100,7 +102,12 @@ class MergeConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _older_keys(cls, tree: Any) -> Any:
-        return migrated(tree) if isinstance(tree, dict) else tree
+        if not isinstance(tree, dict):
+            return tree
+        tree = migrated(tree)
+        if "search" in tree and "search" not in cls.model_fields:
+            raise ValueError("search chooses parameters, which is what `lorica sweep` does: run that, or drop search")
+        return tree
 
     @model_validator(mode="after")
     def _one_size(self) -> MergeConfig:
@@ -109,6 +116,61 @@ class MergeConfig(Section):
             raise ValueError(f"{' and '.join(sizes)} are both given: a merge is compressed in one way, drop one")
         if sizes and self.save != "adapter":
             raise ValueError(f"{sizes[0]} compresses an adapter, and save={self.save} writes none: drop one of the two")
+        return self
+
+
+class ParameterConfig(Section):
+    """What a search may choose a parameter from: a range, or choices."""
+
+    type: Literal["float", "int", "log", "categorical"] = "float"
+    min: float | None = Field(None, description="of the other types")
+    max: float | None = Field(None, description="of the other types")
+    choices: list[Any] = Field([], description="of type=categorical")
+
+
+class SearchConfig(Section):
+    """Which points a sweep tries. Parameters are the method's options, or weights.ADAPTER, or lambda_policy.KEY."""
+
+    type: Literal["grid", "bayes"] = "grid"
+    grid: dict[str, list[Any]] = Field({}, description="parameter -> values; every combination is tried")
+    budget: int = Field(20, ge=1, description="trials of type=bayes")
+    init_points: int = Field(6, ge=1, description="of these trials so many are random, and come first")
+    seed: int = 42
+    space: dict[str, ParameterConfig] = Field({}, description="parameter -> {type, min, max} or {type, choices}")
+    warm_start_sweeps: list[str] = Field([], description="earlier sweeps that bayes learns from: files, folders, globs")
+    warm_start_max_points: int | None = Field(None, ge=1, description="None: all that fit; else the best so many")
+
+    @model_validator(mode="after")
+    def _something_to_try(self) -> SearchConfig:
+        needed = {"grid": "grid", "bayes": "space"}[self.type]
+        if not getattr(self, needed):
+            raise ValueError(f"search.type={self.type} needs search.{needed}")
+        return self
+
+
+class SweepConfig(MergeConfig):
+    """Everything `lorica sweep` takes."""
+
+    search: SearchConfig | None = None
+    eval_tasks: list[str] = Field(["all"], min_length=1, description="adapters whose tasks decide, or all")
+    split: SplitName = Field("dev", description="of which the points are judged")
+    allow_test_selection: bool = Field(False, description="judge the points on split=test all the same")
+    constraint_nonnegative: bool = Field(False, description="a point below the base model on any task is infeasible")
+    final_split: SplitName | None = Field(
+        "test", description="on which the winner alone is evaluated, once, at the end"
+    )
+    output_dir: str | None = Field(None, description="None: artifacts/sweeps/<method>/<tasks>/sweep-<time>")
+    resume: str | None = Field(None, description="a sweep's folder: go on with its own config")
+
+    @model_validator(mode="after")
+    def _honest(self) -> SweepConfig:
+        if self.search is None and self.resume is None:
+            raise ValueError("a sweep needs search.grid, or search.type=bayes with search.space")
+        if self.split == "test" and not self.allow_test_selection:
+            raise ValueError(
+                "split=test would choose parameters by the examples that judge the result: take split=dev, or say "
+                "allow_test_selection=true"
+            )
         return self
 
 

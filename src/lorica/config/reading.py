@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -127,7 +128,7 @@ def _flag(word: str, queue: list[str], known: dict[str, Any]) -> tuple[str, str,
     if flag is None or not _is_known(flag.key, known):
         names = [each for each, flag in FLAGS.items() if _is_known(flag.key, known)]
         raise UnknownNameError(plugins.unknown("flag", f"--{name}", [f"--{each}" for each in (*names, *known)]))
-    if "list[" in str(known.get(flag.key)) and not has_value:
+    if _is_list(known.get(flag.key)) and not has_value:
         return word, flag.key, _next_values(word, queue)
     switch = flag.constant is not None or known.get(flag.key) is bool
     if not has_value:
@@ -137,6 +138,12 @@ def _flag(word: str, queue: list[str], known: dict[str, Any]) -> tuple[str, str,
             raise ConfigError(f"{word} is a switch: it takes no value but true, and was given {text!r}")
         return f"{word}", flag.key, flag.constant
     return f"{word} {text}", flag.key, (flag.words or {}).get(text, _value(text))
+
+
+def _is_list(annotation: Any) -> bool:
+    """Whether a key takes a list, or may."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return any(get_origin(each) is list for each in members)
 
 
 def _next_value(word: str, queue: list[str], switch: bool) -> str:
@@ -165,9 +172,10 @@ def _known(key: str, known: dict[str, Any]) -> str:
 
 
 def _is_known(key: str, known: dict[str, Any]) -> bool:
-    """Whether the schema has the key, or it names an entry of one of the schema's dicts."""
-    parent = key.rpartition(".")[0]
-    return key in known or "dict[" in str(known.get(parent))
+    """Whether the schema has the key, or it names something in one of the schema's dicts."""
+    parts = key.split(".")
+    parents = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+    return key in known or any("dict[" in str(known.get(parent)) for parent in parents)
 
 
 def _value(text: str) -> Any:

@@ -9,12 +9,14 @@ from lorica.runs.merge import MergedRun, merge
 from lorica.runs.merge_insight import audit_merge, diagnose_merge, plan_merge
 from lorica.runs.plan import plan
 from lorica.runs.ready import Ready, chosen, prepare
+from lorica.runs.sweep import Swept, sweep
 from lorica.runs.train import Trained, train
 
 __all__ = [
     "Exported",
     "MergedRun",
     "Ready",
+    "Swept",
     "Trained",
     "audit_merge",
     "chosen",
@@ -25,5 +27,6 @@ __all__ = [
     "plan",
     "plan_merge",
     "prepare",
+    "sweep",
     "train",
 ]

@@ -7,25 +7,27 @@ from pathlib import Path
 
 from lorica import config, files, results
 from lorica.adapters import injection, peft_format
+from lorica.adapters.adapter import Adapter
 from lorica.config import EvaluateConfig, ModelConfig, TaskConfig, TrainConfig
 from lorica.errors import ConfigError, MissingPathError
 from lorica.evaluation.evaluate import Evaluation, evaluate
 from lorica.results import RunFolder
+from lorica.runs import merge_heads
 from lorica.runs.ready import chosen, prepare
 
 
 def evaluate_target(target: str | None, given: EvaluateConfig) -> Evaluation:
     """Evaluate a run folder, a PEFT adapter folder, or (target None) the base model alone.
 
-    A run brings its own model and task; an adapter brings its base model, and needs `task`. With a run, the line is
-    appended to its `evaluations.jsonl` too.
+    A run brings its own model and task; an adapter brings its base model, and needs `task`; a merge's folder has the
+    task's head too. With a run, the line is appended to its `evaluations.jsonl` too.
     """
     model, task, folder, run = _resolve_target(target, given)
     cfg = config.check(TrainConfig, config.read_yaml(run.config)) if run else None
     split = given.split or (cfg.eval_split if cfg else "test")
     ready = prepare(model, task, given.device, cfg.seed if cfg else 0)
     if folder is not None:
-        injection.inject(ready.base.model, peft_format.read(folder))
+        injection.inject(ready.base.model, _with_head(peft_format.read(folder), folder, ready.task.name))
     found = evaluate(
         ready.base.model,
         ready.task,
@@ -40,6 +42,14 @@ def evaluate_target(target: str | None, given: EvaluateConfig) -> Evaluation:
     return found
 
 
+def _with_head(adapter: Adapter, folder: Path, task: str) -> Adapter:
+    """The adapter, with the head that a merge keeps beside it for the task, if there is one."""
+    file = folder / merge_heads.FOLDER / f"{files.slug(task)}.safetensors"
+    if adapter.heads or not file.is_file():
+        return adapter
+    return Adapter(adapter.updates, merge_heads.read(file), adapter.base_model)
+
+
 def _resolve_target(
     target: str | None, given: EvaluateConfig
 ) -> tuple[ModelConfig, TaskConfig, Path | None, RunFolder | None]:
@@ -49,11 +59,12 @@ def _resolve_target(
             raise ConfigError("nothing to evaluate: name a run or an adapter folder, or give model=M task=T")
         return given.model, given.task, None, None
     path = Path(target)
-    if (path / "config.yaml").is_file():
+    is_adapter = (path / peft_format.CONFIG_FILE).is_file()
+    if (path / "config.yaml").is_file() and not is_adapter:
         run = results.open_run(path)
         cfg = config.check(TrainConfig, config.read_yaml(run.config))
         return given.model or cfg.model, given.task or cfg.task, run.adapter, run
-    if not (path / peft_format.CONFIG_FILE).is_file():
+    if not is_adapter:
         raise MissingPathError(f"{target!r} is neither a run folder (config.yaml) nor an adapter (adapter_config.json)")
     model = given.model or ModelConfig(name=peft_format.read(path).base_model or "")
     if given.task is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from safetensors.torch import save_file
 
 from lorica import card, config, files, models, results
 from lorica.adapters import peft_format
 from lorica.adapters.adapter import Adapter
-from lorica.config import LambdaPolicyConfig, MergeConfig
+from lorica.adapters.injection import Placement
+from lorica.config import LambdaPolicyConfig, MergeConfig, ModelConfig
 from lorica.errors import ConfigError
 from lorica.evaluation.evaluate import Evaluation
 from lorica.evaluation.recovery import Recovery, summarise
@@ -24,9 +23,10 @@ from lorica.merging import method as methods
 from lorica.merging import saving
 from lorica.merging import transform as transforms
 from lorica.merging.coefficients import LambdaPolicy
-from lorica.merging.merge import Merge, Merged, Size, prepare, total_error
+from lorica.merging.merge import Grams, Merge, Merged, Size, prepare, total_error
 from lorica.merging.method import Method
 from lorica.progress import tracked
+from lorica.runs import merge_heads
 from lorica.runs.calibration import grams_for
 from lorica.runs.merge_evaluation import evaluation_name, model_of, open_arena
 from lorica.runs.sources import Source, resolve
@@ -37,9 +37,9 @@ EXACT = {"rank": None, "full_rank": None, "error": 0.0, "norm": None, "distance"
 
 @dataclass(frozen=True)
 class MergedRun:
-    """What a merge left: its folder (None if nothing was saved), what it lost, and how the tasks fared."""
+    """What a merge left: its folder, what it lost, and how the tasks fared."""
 
-    folder: Path | None
+    folder: Path
     method: str
     modules: Mapping[str, Mapping[str, Any]]  # path -> record of the merged module
     dropped: tuple[str, ...]
@@ -72,19 +72,18 @@ def merge(cfg: MergeConfig, say: Console) -> MergedRun:
     if cfg.output_dir is not None:
         results.check_free(cfg.output_dir)
     sources = resolve(cfg.adapters, Path(cfg.runs_dir))
-    judged_on = _judged_on(cfg, sources)
-    making = Making(settle(cfg, sources), keeps=cfg.save == "adapter" or not cfg.save_merged)
-    with contextlib.ExitStack() as staged:
-        folder = _folder(cfg, making.merge.method.name, sources)
-        staging = staged.enter_context(files.staged_folder(folder))
+    judged_on = judged_sources(cfg, sources)
+    settled = settle(cfg, sources)
+    making = Making(settled, keeps=cfg.save == "adapter" or not cfg.save_merged)
+    say.print(f"{' + '.join(settled.names)} by {settled.method.name}, {len(settled.paths)} modules", highlight=False)
+    folder = _folder(cfg, settled.method.name, sources)
+    with files.staged_folder(folder) as staging:
         if cfg.save_merged:
             _write_weights(cfg, making, sources, staging)
         seconds = time.monotonic() - begin
-        evaluations, recoveries = _evaluated(cfg, judged_on, making)
-        run = MergedRun(
-            folder, making.merge.method.name, making.records, making.merge.dropped, seconds, evaluations, recoveries
-        )
-        _write_records(cfg, making.merge, sources, run, staging)
+        evaluations, recoveries = _evaluated(cfg, judged_on, making, say)
+        run = MergedRun(folder, settled.method.name, making.records, settled.dropped, seconds, evaluations, recoveries)
+        _write_records(cfg, settled, sources, run, staging)
     _index_evaluations(cfg, run, folder)
     return run
 
@@ -113,8 +112,11 @@ class Making:
         self._kept = made
 
 
-def settle(cfg: MergeConfig, sources: Sequence[Source]) -> Merge:
-    """The merge that a config asks for, checked and surveyed, and not yet computed."""
+def settle(cfg: MergeConfig, sources: Sequence[Source], grams: Grams | None = None) -> Merge:
+    """The merge that a config asks for, checked and surveyed, and not yet computed.
+
+    `grams` are those of an earlier merge of the same sources, for the methods whose Grams no option changes.
+    """
     chosen = settings(cfg, len(sources))
     method: Method = chosen.pop("method")
     adapters = {source.name: source.adapter for source in sources}
@@ -122,6 +124,8 @@ def settle(cfg: MergeConfig, sources: Sequence[Source]) -> Merge:
     without = with_grams(grams=None)
     if not method.needs_grams:
         return without
+    if grams and method.grams == "own":
+        return with_grams(grams=grams)
     one_after_the_other = (lambda grams: with_grams(grams=grams)) if method.grams == "merged" else None
     return with_grams(grams=grams_for(cfg, sources, without.paths, one_after_the_other))
 
@@ -152,7 +156,7 @@ def _policy(given: LambdaPolicyConfig | None) -> tuple[LambdaPolicy | None, Any]
     return LambdaPolicy(value, given.overrides), None
 
 
-def _judged_on(cfg: MergeConfig, sources: Sequence[Source]) -> list[Source]:
+def judged_sources(cfg: MergeConfig, sources: Sequence[Source]) -> list[Source]:
     """The sources whose tasks the merge is evaluated on."""
     by_name = {source.name.lower(): source for source in sources}
     if cfg.eval_tasks == ["all"]:
@@ -166,13 +170,17 @@ def _judged_on(cfg: MergeConfig, sources: Sequence[Source]) -> list[Source]:
 
 
 def _evaluated(
-    cfg: MergeConfig, judged_on: Sequence[Source], making: Making
+    cfg: MergeConfig, judged_on: Sequence[Source], making: Making, say: Console
 ) -> tuple[dict[str, Evaluation], list[Recovery]]:
     """One task after the other, so that one base model is in memory at a time."""
     evaluations, recoveries = {}, []
     for source in judged_on:
         evaluations[source.name], found = open_arena(source, cfg, cfg.split).judged(making.modules())
         recoveries.append(found)
+        if not found.has_headroom:
+            say.print(
+                f"warning: {source.name}'s own adapter is not surely better than the base: left out of the minimum"
+            )
     return evaluations, recoveries
 
 
@@ -191,16 +199,13 @@ def _write_weights(cfg: MergeConfig, making: Making, sources: Sequence[Source], 
     elif cfg.save == "model":
         model = model_of(sources[0], cfg)
         base = models.checkpoint_folder(model.name, model.revision)
-        saving.fused_model(making.merge, base, folder / "model", models.placements(model.name, revision=model.revision))
+        saving.fused_model(making.merge, base, folder / "model", _placements(model))
         making.records |= dict.fromkeys(making.merge.paths, EXACT)
     else:
         _write_adapter(cfg, sources, list(making.modules()), folder)
     for source in sources:
-        heads = source.adapter.heads
-        if heads:
-            (folder / "heads").mkdir(exist_ok=True)
-            tensors = {f"{path}.{part}": each for path, head in heads.items() for part, each in head.items()}
-            save_file(tensors, folder / "heads" / f"{source.name}.safetensors")
+        if source.adapter.heads:
+            merge_heads.write(source.adapter.heads, folder / merge_heads.FOLDER / f"{source.name}.safetensors")
 
 
 def _write_adapter(cfg: MergeConfig, sources: Sequence[Source], modules: Sequence[Merged], folder: Path) -> None:
@@ -208,17 +213,26 @@ def _write_adapter(cfg: MergeConfig, sources: Sequence[Source], modules: Sequenc
     first = sources[0]
     merged = saving.adapter(modules)
     heads = first.adapter.heads if len(sources) == 1 else {}
-    settings = peft_format.settings(first.folder)
+    own = peft_format.settings(first.folder)
     layout = None
     if cfg.profile == "portable":
-        layout = {path: each.shape for path, each in models.placements(model_of(first, cfg).name).items()}
+        layout = {path: each.shape for path, each in _placements(model_of(first, cfg)).items()}
     peft_format.write_into(
         Adapter(merged.updates, heads, first.adapter.base_model),
         folder,
         profile=cfg.profile,
         layout=layout,
-        task_type=settings.task_type if heads or settings.task_type != "SEQ_CLS" else None,
-        fan_in_fan_out=settings.fan_in_fan_out,
+        task_type=own.task_type if heads or own.task_type != "SEQ_CLS" else None,
+        fan_in_fan_out=own.fan_in_fan_out,
+    )
+
+
+def _placements(model: ModelConfig) -> dict[str, Placement]:
+    return models.placements(
+        model.name,
+        kind=None if model.kind == "auto" else model.kind,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
     )
 
 

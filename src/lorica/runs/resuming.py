@@ -41,10 +41,10 @@ def resume_from(run: RunFolder, identity: Mapping[str, Any], force: bool, say: C
     if snapshot is None:
         say.print("no whole checkpoint: starting over", highlight=False)
         return start_over(run)
-    differing = list(_differing(snapshot.values["identity"], identity))
-    if differing and not force:
+    others = list(differing(snapshot.values["identity"], identity))
+    if others and not force:
         raise ResumeError(
-            f"the checkpoint of step {snapshot.step} was made with another {', '.join(differing)}: put that back, or "
+            f"the checkpoint of step {snapshot.step} was made with another {', '.join(others)}: put that back, or "
             "go on all the same with force=true"
         )
     _cut_after(snapshot.step, run)
@@ -52,14 +52,14 @@ def resume_from(run: RunFolder, identity: Mapping[str, Any], force: bool, say: C
     return Resumed(Progress(**snapshot.values["progress"]), snapshot.values["best_dev_loss"], snapshot)
 
 
-def _differing(then: Any, now: Any, prefix: str = "") -> list[str]:
+def differing(then: Any, now: Any, prefix: str = "") -> list[str]:
     """The dotted keys whose values differ."""
     if not (isinstance(then, Mapping) and isinstance(now, Mapping)):
         return [] if then == now else [f"{prefix} ({then!r}, now {now!r})"]
     return [
         found
         for key in {**then, **now}
-        for found in _differing(then.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+        for found in differing(then.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
     ]
 
 

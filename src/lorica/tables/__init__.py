@@ -2,6 +2,7 @@
 
 from lorica.tables.catalogues import LISTS, listing
 from lorica.tables.merging import merge_audit, merge_diagnosis, merge_plan, merged
+from lorica.tables.sweeps import sweep
 from lorica.tables.training import evaluations, plan
 
-__all__ = ["LISTS", "evaluations", "listing", "merge_audit", "merge_diagnosis", "merge_plan", "merged", "plan"]
+__all__ = ["LISTS", "evaluations", "listing", "merge_audit", "merge_diagnosis", "merge_plan", "merged", "plan", "sweep"]

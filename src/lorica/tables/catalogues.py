@@ -26,7 +26,10 @@ def listing(what: str) -> Table:
     if what == "keys":
         of_merges = config.documented(config.MergeConfig)
         merging = [(key, default, f"merge: {meaning}") for key, default, meaning in of_merges]
-        return columns(("key", "default", "meaning"), [*config.documented(config.TrainConfig), *merging])
+        of_sweeps = [row for row in config.documented(config.SweepConfig) if row not in of_merges]
+        sweeping = [(key, default, f"sweep: {meaning}") for key, default, meaning in of_sweeps]
+        rows = [*config.documented(config.TrainConfig), *merging, *sweeping]
+        return columns(("key", "default", "meaning"), rows)
     raise UnknownNameError(plugins.unknown("list", what, LISTS))
 
 
