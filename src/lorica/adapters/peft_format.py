@@ -145,17 +145,27 @@ def write_into(
     config = _config(adapter, layout, task_type, dropout, fan_in_fan_out)
     tensors = {}
     for path, update in adapter.updates.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = _owned(update.A)
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = _owned(update.B)
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = update.A
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = update.B
     for path, head in adapter.heads.items():
-        tensors |= {f"{PREFIX}{path}.{part}": _owned(tensor) for part, tensor in head.items()}
+        tensors |= {f"{PREFIX}{path}.{part}": tensor for part, tensor in head.items()}
+    tensors = _apart(tensors)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def _owned(tensor: Tensor) -> Tensor:
-    """A copy on the CPU: safetensors refuses tensors that share memory."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU; those that share memory are copied, for safetensors refuses them."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, given in tensors.items():
+        tensor = given.detach().cpu()
+        storage = tensor.untyped_storage()
+        if not tensor.is_contiguous() or storage.nbytes() != tensor.nbytes or storage.data_ptr() in taken:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        taken.add(tensor.untyped_storage().data_ptr())
+        found[name] = tensor
+    return found
 
 
 def _without_rank_zero(adapter: Adapter) -> Adapter:

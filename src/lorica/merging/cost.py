@@ -107,9 +107,9 @@ def compressing_dense(shape: tuple[int, int], kept: int | None) -> Work:
     num_entries, least = shape[0] * shape[1], min(shape)
     if kept is None:
         return Work(4.0 * num_entries * least, 8 * 2 * least**2, cubes(least))
-    width, krylov = min(kept + OVERSAMPLING, least), krylov_width(shape, kept)
-    products = 2.0 * num_entries * (width * (1 + 2 * NUM_ITERATIONS) + krylov + kept)
-    return Work(products + 6.0 * krylov**2 * sum(shape), 0, cubes(krylov))
+    krylov = krylov_width(shape, kept)
+    products = 2.0 * num_entries * 2 * krylov
+    return Work(products + 12.0 * krylov**2 * sum(shape), 0, cubes(krylov))
 
 
 def krylov_width(shape: tuple[int, int], kept: int) -> int:

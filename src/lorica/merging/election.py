@@ -5,10 +5,10 @@ Source: Yadav et al. 2023, arXiv 2306.01708.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,7 +27,8 @@ class Trim:
     """
 
     def __init__(self, thresholds: Sequence[Threshold], exact_count: bool = False) -> None:
-        self._thresholds = thresholds
+        self._thresholds = [each.value for each in thresholds]
+        self._below = [float(np.nextafter(np.float32(each.value), np.float32(-np.inf))) for each in thresholds]
         self._excess = [each.num_excess if exact_count and each.value > 0 else 0 for each in thresholds]
 
     def __call__(self, stack: Tensor) -> list[Tensor]:
@@ -35,10 +36,9 @@ class Trim:
         return [self._trimmed(adapter, entries) for adapter, entries in enumerate(stack)]
 
     def _trimmed(self, adapter: int, entries: Tensor) -> Tensor:
-        value = torch.tensor(self._thresholds[adapter].value)
-        kept = F.hardshrink(entries, float(torch.nextafter(value, torch.tensor(-math.inf))))
+        kept = F.hardshrink(entries, self._below[adapter])  # keeps what exceeds
         if self._excess[adapter]:
-            equal = (kept.abs() == value).flatten().nonzero().flatten()[: self._excess[adapter]]
+            equal = (kept.abs() == self._thresholds[adapter]).flatten().nonzero().flatten()[: self._excess[adapter]]
             kept.view(-1)[equal] = 0.0
             self._excess[adapter] -= len(equal)
         return kept
