@@ -43,6 +43,8 @@ bench: install  ## compare with peers side by side; needs LORICA_SHARED=folder w
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/quality_vs_peft.py
 	$(BIN)/python benchmarks/boosting_arms.py
+	$(BIN)/python benchmarks/merge_cost.py
+	$(BIN)/python benchmarks/merge_recovery.py
 	$(BIN)/python benchmarks/write_tables.py
 
 clean:  ## remove what was made here
