@@ -39,7 +39,7 @@ format: install  ## rewrite the code in the house's format
 	$(BIN)/ruff check --fix src tests benchmarks examples
 	$(BIN)/ruff format src tests benchmarks examples
 
-bench: install  ## compare with peers side by side; needs LORICA_SHARED=folder with models/ and data/
+bench: install peers  ## compare with peers side by side; needs LORICA_SHARED=folder with models/ and data/
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/quality_vs_peft.py
 	$(BIN)/python benchmarks/boosting_arms.py

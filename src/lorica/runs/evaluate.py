@@ -12,7 +12,7 @@ from lorica.config import EvaluateConfig, ModelConfig, TaskConfig, TrainConfig
 from lorica.errors import ConfigError, MissingPathError
 from lorica.evaluation.evaluate import Evaluation, evaluate
 from lorica.results import RunFolder
-from lorica.runs import merge_heads
+from lorica.runs.merge_heads import HEADS, read_heads
 from lorica.runs.ready import chosen, prepare
 
 
@@ -44,10 +44,10 @@ def evaluate_target(target: str | None, given: EvaluateConfig) -> Evaluation:
 
 def _with_head(adapter: Adapter, folder: Path, task: str) -> Adapter:
     """The adapter, with the head that a merge keeps beside it for the task, if there is one."""
-    file = folder / merge_heads.FOLDER / f"{files.slug(task)}.safetensors"
+    file = folder / HEADS / f"{files.slug(task)}.safetensors"
     if adapter.heads or not file.is_file():
         return adapter
-    return Adapter(adapter.updates, merge_heads.read(file), adapter.base_model)
+    return Adapter(adapter.updates, read_heads(file), adapter.base_model)
 
 
 def _resolve_target(

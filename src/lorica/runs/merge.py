@@ -26,9 +26,9 @@ from lorica.merging.coefficients import LambdaPolicy
 from lorica.merging.merge import Grams, Merge, Merged, Size, prepare, total_error
 from lorica.merging.method import Method
 from lorica.progress import tracked
-from lorica.runs import merge_heads
 from lorica.runs.calibration import grams_for
 from lorica.runs.merge_evaluation import evaluation_name, model_of, open_arena
+from lorica.runs.merge_heads import HEADS, write_heads
 from lorica.runs.sources import Source, resolve
 
 # What a module that was fused whole has lost.
@@ -205,7 +205,7 @@ def _write_weights(cfg: MergeConfig, making: Making, sources: Sequence[Source], 
         _write_adapter(cfg, sources, list(making.modules()), folder)
     for source in sources:
         if source.adapter.heads:
-            merge_heads.write(source.adapter.heads, folder / merge_heads.FOLDER / f"{source.name}.safetensors")
+            write_heads(source.adapter.heads, folder / HEADS / f"{source.name}.safetensors")
 
 
 def _write_adapter(cfg: MergeConfig, sources: Sequence[Source], modules: Sequence[Merged], folder: Path) -> None:

@@ -12,17 +12,17 @@ from torch import Tensor
 from lorica.adapters import peft_format
 from lorica.adapters.adapter import Head
 
-FOLDER = "heads"
+HEADS = "heads"  # the folder beside the adapter
 SEPARATOR = "::"  # between the head's module and its parameter
 
 
-def write(heads: Mapping[str, Head], file: Path) -> None:
+def write_heads(heads: Mapping[str, Head], file: Path) -> None:
     """One safetensors file of all parameters of a task's heads."""
     file.parent.mkdir(exist_ok=True)
     save_file({f"{path}{SEPARATOR}{part}": each for path, head in heads.items() for part, each in head.items()}, file)
 
 
-def read(file: Path) -> dict[str, Head]:
+def read_heads(file: Path) -> dict[str, Head]:
     """The heads in such a file. Raises AdapterFormatError if it is corrupt."""
     peft_format.read_header(file)
     heads: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
