@@ -5,8 +5,11 @@ Nothing heavy is imported until a verb needs it, so that help and lists answer a
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -58,7 +61,8 @@ def train(context: typer.Context) -> None:
     Examples: lorica train model=demo task.path=demo_out/data/sentiment · lorica train run.yaml learning_rate=1e-4
     adapter.rank=8 · lorica train --model_name facebook/opt-350m --task_name SST2 --lora --lora_r 8 --trainer zo
     """
-    from lorica import config, runs, tables
+    with _imports():
+        from lorica import config, runs, tables
 
     trained = runs.train(config.read(config.TrainConfig, context.args), ERR)
     OUT.print(tables.evaluations([(trained.run.path.name, trained.evaluation)]))
@@ -68,7 +72,8 @@ def train(context: typer.Context) -> None:
 @app.command(context_settings=WORDS)
 def evaluate(context: typer.Context) -> None:
     """Evaluate runs or adapters: lorica evaluate RUN ADAPTER key=value; with model=M task=T alone, the base."""
-    from lorica import config, runs, tables
+    with _imports():
+        from lorica import config, runs, tables
 
     targets: list[str | None] = [*_leading(context.args)]
     given = config.read(config.EvaluateConfig, context.args[len(targets) :])
@@ -79,7 +84,8 @@ def evaluate(context: typer.Context) -> None:
 @app.command(context_settings=WORDS)
 def export(context: typer.Context) -> None:
     """Write a run's adapter for other programs: lorica export RUN output_dir=DIR rank=8 profile=portable fuse=true."""
-    from lorica import config, runs
+    with _imports():
+        from lorica import config, runs
 
     targets = _leading(context.args)
     if len(targets) != 1:
@@ -98,7 +104,8 @@ def merge(context: typer.Context) -> None:
     With --plan: what it would read, hold, take and lose. With --diagnose: how the adapters relate, and which methods
     suit. lorica merge --audit OUT A B: how far an adapter merged by another tool is from the exact merge.
     """
-    from lorica import config, runs, tables
+    with _imports():
+        from lorica import config, runs, tables
 
     words = list(context.args)
     if "--audit" in words:
@@ -120,7 +127,8 @@ def merge(context: typer.Context) -> None:
 @app.command(name="evaluate-merged", context_settings=WORDS)
 def evaluate_merged(context: typer.Context) -> None:
     """Merge and evaluate without saving weights: lorica evaluate-merged FILE.yaml --eval-tasks a b --split test."""
-    from lorica import config, runs
+    with _imports():
+        from lorica import config, runs
 
     cfg = config.read(config.MergeConfig, [*context.args, "save_merged=false"])
     _print_merge(runs.merge(cfg.model_copy(update={"eval_tasks": cfg.eval_tasks or ["all"]}), ERR))
@@ -142,7 +150,8 @@ def sweep(context: typer.Context) -> None:
     Every point is judged on dev by what the merge keeps of each task; the winner is saved, and evaluated once on test.
     lorica sweep resume=FOLDER goes on after a crash.
     """
-    from lorica import config, runs, tables
+    with _imports():
+        from lorica import config, runs, tables
 
     done = runs.sweep(config.read(config.SweepConfig, context.args), ERR)
     for line in tables.sweep(done.summary):
@@ -153,7 +162,8 @@ def sweep(context: typer.Context) -> None:
 @app.command(context_settings=WORDS)
 def plan(context: typer.Context) -> None:
     """Say what training would need, without loading weights: lorica plan model=M adapter.rank=8 length=128."""
-    from lorica import config, runs, tables
+    with _imports():
+        from lorica import config, runs, tables
 
     OUT.print(tables.plan(runs.plan(config.read(config.PlanConfig, context.args))))
 
@@ -161,7 +171,8 @@ def plan(context: typer.Context) -> None:
 @app.command(name="list")
 def list_(what: Annotated[str, typer.Argument(help="tasks, methods, transforms, flags or keys")] = "tasks") -> None:
     """List what lorica knows by name: tasks, merge methods and transforms, flags of older tools, or config keys."""
-    from lorica import tables
+    with _imports():
+        from lorica import tables
 
     OUT.print(tables.listing(what))
 
@@ -169,9 +180,21 @@ def list_(what: Annotated[str, typer.Argument(help="tasks, methods, transforms, 
 @app.command(context_settings=WORDS)
 def demo(context: typer.Context) -> None:
     """Train on the embedded model and tasks, compare, and leave an output folder: lorica demo output_dir=DIR."""
-    from lorica.demo import command
+    with _imports():
+        from lorica.demo import command
 
     command.run(context.args, OUT, ERR)
+
+
+@contextlib.contextmanager
+def _imports() -> Iterator[None]:
+    """Import without the garbage collector: it would look again and again at what stays for as long as the command."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _leading(words: list[str]) -> list[str]:

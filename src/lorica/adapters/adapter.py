@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
@@ -76,7 +77,11 @@ class Adapter:
         return factors + sum(tensor.numel() for head in self.heads.values() for tensor in head.values())
 
     def is_finite(self) -> bool:
-        """Whether no update and no head holds NaN or infinity."""
+        """Whether no update and no head holds NaN or infinity; looked at once, for an adapter is a value."""
+        return self._is_finite
+
+    @cached_property
+    def _is_finite(self) -> bool:
         heads = (tensor for head in self.heads.values() for tensor in head.values())
         return all(bool(torch.isfinite(tensor).all()) for tensor in heads) and all(
             update.is_finite() for update in self.updates.values()

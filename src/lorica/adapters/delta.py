@@ -90,7 +90,8 @@ class LowRank:
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LowRank:
         """The same update with its factors in another dtype or on another device."""
-        return LowRank(self.A.to(device, dtype), self.B.to(device, dtype), self.scale)
+        A, B = self.A.to(device, dtype), self.B.to(device, dtype)
+        return self if A is self.A and B is self.B else LowRank(A, B, self.scale)
 
     def is_finite(self) -> bool:
         """Whether no entry of the factors nor the scale is NaN or infinite."""

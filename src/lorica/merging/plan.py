@@ -153,7 +153,7 @@ def plan(
 def _source(name: str, found: Outline) -> Source:
     updates = found.adapter.updates
     ranks = tuple(sorted({each.rank for each in updates.values()}))
-    return Source(name, str(found.path), found.num_bytes, len(updates), ranks)
+    return Source(name, str(found.contents.path), found.num_bytes, len(updates), ranks)
 
 
 def _planned(

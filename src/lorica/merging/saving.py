@@ -12,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorica import files
-from lorica.adapters import injection, peft_format
+from lorica.adapters import injection
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.delta import LowRank
 from lorica.adapters.injection import Placement
+from lorica.adapters.safetensors_header import read_header
 from lorica.errors import AdapterFormatError, ConfigError, ModelError, ShapeError
 from lorica.merging.checkpoint import LIMIT_BYTES, Stored, open_checkpoint
 from lorica.merging.merge import Merge, Merged
@@ -65,7 +66,7 @@ def read_dense_patch(path: Path) -> dict[str, Tensor]:
 
     Raises MissingPathError, or AdapterFormatError for a file that is no dense patch.
     """
-    for key, shape in peft_format.read_header(path).items():
+    for key, shape in read_header(path).items():
         if len(shape) != 2:
             raise AdapterFormatError(f"{path}: {key!r} is {shape}, and an update is (out, in)")
     try:

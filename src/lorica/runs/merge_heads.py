@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorica.adapters import peft_format
 from lorica.adapters.adapter import Head
+from lorica.adapters.safetensors_header import read_header
 
 HEADS = "heads"  # the folder beside the adapter
 SEPARATOR = "::"  # between the head's module and its parameter
@@ -24,7 +24,7 @@ def write_heads(heads: Mapping[str, Head], file: Path) -> None:
 
 def read_heads(file: Path) -> dict[str, Head]:
     """The heads in such a file. Raises AdapterFormatError if it is corrupt."""
-    peft_format.read_header(file)
+    read_header(file)
     heads: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in load_file(file).items():
         path, _, part = name.partition(SEPARATOR)
