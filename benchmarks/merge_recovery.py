@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -30,11 +29,12 @@ from lorica.adapters import injection, peft_format
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.delta import LowRank
 from lorica.config import MergeConfig, TrainConfig
-from lorica.evaluation.recovery import Recovery, recovery, summarise
+from lorica.evaluation.recovery import Recovery, summarise
 from lorica.evaluation.scoring import score_all
 from lorica.merging.merge import Merged
-from lorica.runs.merge import settle
-from lorica.runs.merge_evaluation import Arena, open_arena
+from lorica.runs.bodies import Bodies
+from lorica.runs.merge_evaluation import Arena, open_arenas
+from lorica.runs.settling import settle
 from lorica.runs.sources import Source, resolve
 from lorica.tasks.base import Split
 
@@ -70,15 +70,15 @@ Judged = dict[str, Any]
 def main() -> None:
     arguments = _arguments()
     work = Path(arguments.work).resolve()
-    with multiprocessing.get_context("spawn").Pool(arguments.workers, _start, (str(work),)) as pool:
-        union = pool.apply_async(_train, ("union", arguments.steps * len(TASKS)))
-        pool.map(functools.partial(_train, steps=arguments.steps), TASKS, chunksize=1)
+    with multiprocessing.get_context("spawn").Pool(arguments.workers, start, (str(work),)) as pool:
+        union = pool.apply_async(train, ("union", arguments.steps * len(TASKS)))
+        pool.map(functools.partial(train, steps=arguments.steps), TASKS, chunksize=1)
         methods = {name: grid for name, grid in GRIDS.items() if name in (arguments.methods or GRIDS)}
         default = [(name, None, "test") for name in methods]
         tuning = [(name, value, "dev") for name, (_, grid) in methods.items() for value in grid]
-        first = dict(zip([*default, *tuning], pool.imap(_judge, [*default, *tuning]), strict=True))
+        first = dict(zip([*default, *tuning], pool.imap(judge, [*default, *tuning]), strict=True))
         tuned = [(name, _best(first, name, grid), "test") for name, (_, grid) in methods.items() if grid]
-        last = dict(zip(tuned, pool.imap(_judge, tuned), strict=True))
+        last = dict(zip(tuned, pool.imap(judge, tuned), strict=True))
         union.get()
         controls = dict(zip(CONTROLS, pool.imap(_control, CONTROLS), strict=True))
     jobs = {job[0]: job for job in tuned}
@@ -92,14 +92,14 @@ def main() -> None:
         "test_samples": TEST_SAMPLES,
         "rows": rows,
         "controls": controls,
-        "origin": _origin(),
+        "origin": origin(),
     }
     files.write_json(Path("results/merge_recovery.json"), record)
     for row in rows:
         print(row["method"], json.dumps(row["default"]["recovery"]), json.dumps((row["tuned"] or {}).get("recovery")))
 
 
-def _origin() -> Judged:
+def origin() -> Judged:
     """Without the place of the trained adapters, which changes nothing."""
     origin = results.origin(0, "cpu")
     if "--work" in origin["command"]:
@@ -108,18 +108,18 @@ def _origin() -> Judged:
     return origin
 
 
-def _start(work: str) -> None:
+def start(work: str) -> None:
     torch.set_num_threads(1)
     os.environ["LORICA_MERGE_WORK"] = work
 
 
-def _work() -> Path:
+def work_folder() -> Path:
     return Path(os.environ["LORICA_MERGE_WORK"])
 
 
-def _train(task: str, steps: int) -> None:
+def train(task: str, steps: int) -> None:
     """Train a task's adapter, unless an earlier run of this benchmark left it."""
-    output = _work() / "runs" / task
+    output = work_folder() / "runs" / task
     if (output / "record.json").exists():
         return
     path = _union() if task == "union" else SHARED / "data" / task
@@ -138,7 +138,7 @@ def _train(task: str, steps: int) -> None:
 
 def _union() -> Path:
     """All tasks' training data as one task, its labels told apart by the task's name."""
-    folder = _work() / "union"
+    folder = work_folder() / "union"
     folder.mkdir(parents=True, exist_ok=True)
     labels: list[str] = []
     rows: list[str] = []
@@ -154,29 +154,34 @@ def _union() -> Path:
 
 
 @functools.cache
-def _sources(tasks: Sequence[str]) -> list[Source]:
-    return resolve([str(_work() / "runs" / task) for task in tasks], _work() / "runs")
+def sources(tasks: Sequence[str]) -> list[Source]:
+    return resolve([str(work_folder() / "runs" / task) for task in tasks], work_folder() / "runs")
 
 
 @functools.cache
-def _arena(task: str, split: Split) -> Arena:
-    """The base model is loaded once for each task, and shared by its splits."""
+def arena(task: str, split: Split) -> Arena:
     limit = DEV_SAMPLES if split == "dev" else TEST_SAMPLES
-    cfg = config.check(MergeConfig, {"eval_subset": {"max_samples": limit}, "eval_batch_size": 64})
-    (source,) = _sources((task,))
-    return open_arena(source, cfg, split)
+    tree = {"eval_subset": {"max_samples": limit}, "artifacts_dir": str(work_folder() / "artifacts")}
+    (opened,) = open_arenas(sources((task,)), config.check(MergeConfig, tree), split, bodies())
+    return opened
+
+
+@functools.cache
+def bodies() -> Bodies:
+    """One base model for all tasks and splits."""
+    return Bodies("auto", 0)
 
 
 def _settled(name: str, params: dict[str, Any]) -> Any:
     tasks = PAIR if name in ("weighted", "weighted_delta", "slerp") else TASKS
     cfg = config.check(MergeConfig, {"method": name, "method_params": params, "num_workers": 1, "device": "cpu"})
-    return tasks, settle(cfg, _sources(tasks))
+    return tasks, settle(cfg, sources(tasks))
 
 
-def _judge(job: tuple[str, float | None, Split]) -> Judged:
+def judge(job: tuple[str, float | None, Split]) -> Judged:
     name, value, split = job
     tasks, merge = _settled(name, {} if value is None else _params(name, value))
-    found = _recovered(tasks, split, list(merge.modules()))
+    found = recovered(tasks, split, list(merge.modules()))
     print(f"{name} {value} {split}: {found['recovery']}", flush=True)
     return found
 
@@ -187,11 +192,11 @@ def _params(name: str, value: float) -> dict[str, Any]:
     return {outer: {inner: value}} if inner else {outer: value}
 
 
-def _recovered(tasks: Sequence[str], split: Split, modules: Sequence[Merged]) -> Judged:
-    return _summary([_arena(task, split).judged(modules)[1] for task in tasks])
+def recovered(tasks: Sequence[str], split: Split, modules: Sequence[Merged]) -> Judged:
+    return summary_of([arena(task, split).judged(modules)[1] for task in tasks])
 
 
-def _summary(found: Sequence[Recovery]) -> Judged:
+def summary_of(found: Sequence[Recovery]) -> Judged:
     summary = summarise(found)
     assert summary is not None
     return {"recovery": summary.as_record(), "tasks": [each.as_record() for each in found]}
@@ -228,28 +233,28 @@ def _control(name: str) -> Judged:
         return _joint()
     if name == "random adapters":
         return max((_random(scale) for scale in (0.2, 0.5)), key=lambda found: found["recovery"]["minimum"][0])
-    return _judge(("uniform_scalar_delta", float(name.split()[-1]), "test"))
+    return judge(("uniform_scalar_delta", float(name.split()[-1]), "test"))
 
 
 def _single(task: str) -> Judged:
     """One task's adapter used for all tasks."""
-    (source,) = _sources((task,))
+    (source,) = sources((task,))
     modules = [Merged(path, update, update.rank) for path, update in source.adapter.updates.items()]
-    return {**_recovered(TASKS, "test", modules), "adapter": task}
+    return {**recovered(TASKS, "test", modules), "adapter": task}
 
 
 def _random(scale: float) -> Judged:
     """Task arithmetic of random updates that have the trained ones' norms, ranks and modules."""
     made = [
-        dataclasses.replace(source, adapter=_randomised(source.adapter, number))
-        for number, source in enumerate(_sources(TASKS))
+        dataclasses.replace(source, adapter=randomised(source.adapter, number))
+        for number, source in enumerate(sources(TASKS))
     ]
     tree = {"method": "uniform_scalar_delta", "method_params": {"scale": scale}, "num_workers": 1}
     cfg = config.check(MergeConfig, tree)
-    return {**_recovered(TASKS, "test", list(settle(cfg, made).modules())), "scale": scale}
+    return {**recovered(TASKS, "test", list(settle(cfg, made).modules())), "scale": scale}
 
 
-def _randomised(adapter: Adapter, number: int) -> Adapter:
+def randomised(adapter: Adapter, number: int) -> Adapter:
     updates = {}
     for path, update in adapter.updates.items():
         out, width = update.shape
@@ -262,30 +267,19 @@ def _randomised(adapter: Adapter, number: int) -> Adapter:
 
 def _joint() -> Judged:
     """One adapter and one head trained on the union; a task's answer is the best of its own labels."""
-    adapter = peft_format.read(_work() / "runs" / "union" / "adapter")
-    cfg = config.check(TrainConfig, config.read_yaml(_work() / "runs" / "union" / "config.yaml"))
+    adapter = peft_format.read(work_folder() / "runs" / "union" / "adapter")
+    cfg = config.check(TrainConfig, config.read_yaml(work_folder() / "runs" / "union" / "config.yaml"))
     ready = runs.prepare(cfg.model, cfg.task, "cpu", cfg.seed)
     injection.inject(ready.base.model, adapter)
-    found, start = [], 0
+    found, first = [], 0
     for task in TASKS:
-        arena = _arena(task, "test")
-        num_labels = len(arena.ready.task.labels)
-        scores = score_all(ready.base.model, arena.rows, arena.ready.collate(), batch_size=arena.batch_size)
-        own = scores[:, start : start + num_labels].argmax(dim=1).numpy()
-        start += num_labels
-        assert arena.base.scores is not None and arena.single.scores is not None
-        found.append(
-            recovery(
-                task,
-                "accuracy",
-                np.array([row.label for row in arena.rows]),
-                base=arena.base.scores.argmax(dim=1).numpy(),
-                single=arena.single.scores.argmax(dim=1).numpy(),
-                merged=own,
-                num_classes=num_labels,
-            )
-        )
-    return _summary(found)
+        own = arena(task, "test")
+        num_labels = len(own.ready.task.labels)
+        scores = score_all(ready.base.model, own.rows, own.ready.collate(), batch_size=own.batch_size)
+        answers = scores[:, first : first + num_labels].argmax(dim=1).numpy()
+        first += num_labels
+        found.append(own.recovered(answers))
+    return summary_of(found)
 
 
 def _arguments() -> argparse.Namespace:

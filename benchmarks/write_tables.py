@@ -67,6 +67,38 @@ def _range(row: Record) -> str:
     return f"{low:.2f} to {high:.2f}"
 
 
+def _zo_step(record: Record) -> str:
+    rows = [
+        (
+            f"{row['shape']}, {row['dtype']}, {row['batch_size']} × {row['length']}",
+            f"{row['lorica_ms']:.0f} ms",
+            f"{row['mezo_ms']:.0f} ms",
+            _spread(row, "speedup"),
+            _spread(row, "floor"),
+            row["branches"],
+            f"{row['difference']:.1e}",
+            f"{row['memory']['step_mib']:.0f} and {row['memory']['inference_mib']:.0f} MiB",
+            f"{_whole(row['memory'], 'step') / _whole(row['memory'], 'inference'):.3f}",
+        )
+        for row in record["rows"]
+    ]
+    head = (
+        *(f"{record['device']}, {record['threads']} thread(s)", "lorica", "MeZO", "MeZO / lorica"),
+        *("lorica / two bare passes", "branches a pass", "losses differ by"),
+        *("peak above the model, step and inference", "with the model"),
+    )
+    return _markdown(head, rows)
+
+
+def _spread(row: Record, name: str) -> str:
+    low, high = row[f"{name}_spread"]
+    return f"{row[name]:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _whole(memory: Record, what: str) -> float:
+    return float(memory["model_mib"] + memory[f"{what}_mib"])
+
+
 def _quality_vs_peft(record: Record) -> str:
     rows = [
         (
@@ -141,6 +173,55 @@ def _merge_recovery(record: Record) -> str:
     return f"{methods}\n\n{_markdown(('control', 'minimum', 'mean'), controls)}"
 
 
+def _merge_learned(record: Record) -> str:
+    """Best first in each part."""
+    static = [
+        (row["row"] if row["value"] is None else f"{row['row']}, tuned to {row['value']:g}", *_recovered(row), "")
+        for row in record["static"]
+    ]
+    learned = [(row["row"], *_recovered(row), row["num_coefficients"]) for row in record["learned"]]
+    controls = [(f"control: {name}", *_recovered(row), "") for name, row in record["controls"].items()]
+    rows = [*sorted(learned, key=_falling), *sorted(static, key=_falling), *controls]
+    return _markdown((f"{len(record['tasks'])} tasks, test", "minimum", "mean", "coefficients"), rows)
+
+
+def _falling(row: Sequence[Any]) -> float:
+    return -float(row[1].split()[0])
+
+
+def _coefficients_cost(record: Record) -> str:
+    rows = []
+    for targets, found in record["targets"].items():
+        for way, row in found.items():
+            if way != "bound":
+                low, _, high = row["ratio_quartiles"]
+                ratio = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+                rows.append((targets, way, f"{row['cpu_seconds']:.2f}", ratio, f"{row['saved_values']:,}"))
+    head = ("adapters on", "way", "CPU s", "of the frozen pass (quartiles)", "values kept for the gradient")
+    return _markdown(head, rows)
+
+
+def _sweep_cost(record: Record) -> str:
+    rows = []
+    for row in record["rows"]:
+        alone = row["search"] == "grid"
+        name = "grid, the first sweep of its adapters" if alone else f"bayes, {row['search']}"
+        beaten = "" if alone else f"{row['at_least_grid']} of {len(row['sweeps'])}"
+        rows.append((name, _of_seeds(row, "minimum", 3), beaten, _of_seeds(row, "ratio", 2)))
+    head = ("20 points of TIES", "least recovery on dev", "seeds at least the grid's", "cost, of 20 evaluations")
+    killed = record["restarted"]
+    after = "as if it had not been" if killed["as_uninterrupted"] else "otherwise"
+    said = f"{killed['finished_after']} trials, {killed['repeated']} of them repeated, its points {after}"
+    return f"{_markdown(head, rows)}\n\nKilled after {killed['finished_before']} trials and gone on with: {said}."
+
+
+def _of_seeds(row: Record, name: str, num_digits: int) -> str:
+    """The median, and the spread where there are several."""
+    low, high = row[f"{name}_spread"]
+    spread = f" ({low:.{num_digits}f} to {high:.{num_digits}f})" if len(row["sweeps"]) > 1 else ""
+    return f"{row[name]:.{num_digits}f}{spread}"
+
+
 def _tuned_minimum(row: Record) -> tuple[bool, float]:
     """All tasks first, then by the tuned minimum."""
     return row["tasks"] > 2, (row["tuned"] or row["default"])["recovery"]["minimum"][0]
@@ -158,10 +239,15 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 TABLES: dict[str, Callable[[Record], str]] = {
     "step_time": _step_time,
+    "zo_step": _zo_step,
+    "zo_step_gpu": _zo_step,
     "quality_vs_peft": _quality_vs_peft,
     "boosting_arms": _boosting_arms,
     "merge_cost": _merge_cost,
     "merge_recovery": _merge_recovery,
+    "merge_learned": _merge_learned,
+    "coefficients_cost": _coefficients_cost,
+    "sweep_cost": _sweep_cost,
 }
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def sealed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test reads or leaves anything outside its own folder."""
     monkeypatch.setenv("LORICA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)  # artifacts/ and runs/ are looked for, and left, where a command is run
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOMS = (
     *("errors", "randomness", "plugins", "files", "config", "results", "progress"),
-    *("adapters", "models", "planning", "tasks", "evaluation", "optim", "training", "merging"),
-    *("studies", "card", "runs", "demo", "tables", "cli"),
+    *("adapters", "models", "planning", "tasks", "evaluation", "optim", "training", "studies"),
+    *("merging", "card", "runs", "demo", "tables", "cli"),
 )
 PACKAGE = Path(__file__).parents[1] / "src" / "lorica"
 

@@ -29,7 +29,10 @@ from lorica.errors import (
 from lorica.merging.method import METHODS
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "merge"
-MERGES = sorted(file for file in CONFIGS.glob("*.yaml") if "_sweep_" not in file.name)
+# Those that learn coefficients are run by test_learned_merge.py, in fewer steps.
+MERGES = sorted(
+    file for file in CONFIGS.glob("*.yaml") if "_sweep_" not in file.name and "optimizer" not in file.read_text()
+)
 
 
 def lorica(*words: object) -> str:
@@ -165,6 +168,20 @@ def test_a_merge_of_classifiers_keeps_every_head_and_evaluates(runs_dir: Path, t
     merged = json.loads((out / "eval_results_test.json").read_text())["topic"]["metrics"]["accuracy"]["value"]
     words = ("model=demo", "model.kind=classification", f"task.path={data / 'topic'}", "task.num_eval=60")
     assert f"{merged:.4f}" in lorica("evaluate", out, *words)
+
+
+def test_a_merges_folder_is_evaluated_whatever_it_was_saved_as(runs_dir: Path, tmp_path: Path) -> None:
+    words = (f"task.path={runs_dir.parent / 'data' / 'topic'}", "task.num_eval=80")
+    expected = {}
+    for form in ("adapter", "dense", "model"):
+        out = tmp_path / form
+        merge(runs_dir, f"save={form}", f"output_dir={out}", "--eval-tasks", "topic")
+        found = json.loads((out / "eval_results_test.json").read_text())["topic"]["metrics"]["accuracy"]["value"]
+        target = (f"model={out / 'model'}", "model.kind=causal") if form == "model" else (out, "model=demo")
+        expected[form] = f"{found:.4f}" in lorica("evaluate", *target, *words)
+    assert expected == dict.fromkeys(expected, True)
+    with pytest.raises(ConfigError, match="give task=NAME"):
+        lorica("evaluate", tmp_path / "dense")
 
 
 def test_old_keys_are_read_and_told(runs_dir: Path, tmp_path: Path) -> None:

@@ -1,11 +1,8 @@
-"""Sweeps: the search on planted objectives, and whole sweeps of the embedded model through the command line."""
+"""Sweeps: on a planted bench, and whole sweeps of the embedded model through the command line."""
 
 from __future__ import annotations
 
 import importlib
-import itertools
-import json
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,28 +21,17 @@ from lorica import cli, config, files, tables
 from lorica.adapters import peft_format
 from lorica.config import MergeConfig, SweepConfig
 from lorica.demo import language
-from lorica.errors import ConfigError, FolderInUseError, LoricaError, MissingPathError, ResumeError
+from lorica.errors import ConfigError, LoricaError, MissingPathError, ResumeError
 from lorica.evaluation.evaluate import evaluate
 from lorica.evaluation.recovery import recovery
 from lorica.runs import merge_evaluation
 from lorica.runs.sweep import Swept
-from lorica.runs.sweep_bench import merge_at, outcome
-from lorica.studies.search import Bayes, Grid, Search, Trial, ranked
-from lorica.studies.space import Parameter, Point, Space, grid_points, key
+from lorica.runs.sweep_bench import outcome
+from lorica.studies.search import Trial, ranked
+from lorica.studies.space import Point, key
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "merge" / "merge_weighted_delta_sweep_bayes.yaml"
 SWEEPING = importlib.import_module("lorica.runs.sweep")  # its function has its name in lorica.runs
-LAMBDA = Space((Parameter("lambda", "float", 0.0, 1.0),))
-Objective = Callable[[Point], float]
-
-
-def searched(search: Search, objective: Objective, known: tuple[Trial, ...] = ()) -> list[Trial]:
-    """Every trial of a search of `objective`; where that is NaN, nothing came of the point."""
-    trials: list[Trial] = []
-    while (point := search.propose(trials, known)) is not None:
-        value = objective(point)
-        trials.append(Trial(len(trials), point, () if math.isnan(value) else (value, value), not math.isnan(value)))
-    return trials
 
 
 def tent(point: Point) -> float:
@@ -53,133 +39,8 @@ def tent(point: Point) -> float:
     return min(point["lambda"] / 0.37, (1 - point["lambda"]) / 0.63)
 
 
-def test_a_grid_is_tried_in_order_and_its_best_found() -> None:
-    points = grid_points({"a": [1, 2], "b": ["x", "y", "z"]})
-    assert [tuple(point.values()) for point in points[:4]] == [(1, "x"), (1, "y"), (1, "z"), (2, "x")]
-    trials = searched(Grid(tuple(points)), lambda point: point["a"] - (point["b"] != "y"))
-    assert [each.point for each in trials] == points
-    assert ranked(trials)[0].point == {"a": 2, "b": "y"}
-
-
-def test_ties_are_broken_by_the_mean_and_then_by_the_order() -> None:
-    values = [(0.5, 0.6), (0.5, 0.7), (0.5, 0.7), (0.4, 1.0), (math.nan, 1.0)]
-    trials = [Trial(number, {"a": number}, each) for number, each in enumerate(values)]
-    trials.append(Trial(5, {"a": 5}, (0.9, 0.9), feasible=False))
-    assert [each.number for each in ranked(trials)] == [1, 2, 0, 3]
-
-
-def test_bayes_is_no_worse_than_a_grid_of_as_many_points() -> None:
-    best_of_grid = max(tent({"lambda": place / 19}) for place in range(20))
-    found = (ranked(searched(Bayes(LAMBDA, 20, 6, seed), tent))[0].values[0] for seed in range(5))
-    good = (value for value in found if value >= best_of_grid - 0.02)
-    assert len(list(itertools.islice(good, 4))) == 4  # of the five seeds
-
-
-def test_bayes_learns_from_points_that_came_to_nothing() -> None:
-    trials = searched(Bayes(LAMBDA, 12, 4, 0), lambda point: math.nan if point["lambda"] > 0.5 else tent(point))
-    assert any(not each.feasible for each in trials)
-    assert tent(ranked(trials)[0].point) > 0.95
-    assert sum(each.feasible for each in trials[-6:]) >= 4
-
-
-def test_bayes_goes_on_where_nothing_came_of_any_point() -> None:
-    trials = searched(Bayes(LAMBDA, 5, 2, 0), lambda point: math.nan)
-    assert len({key(each.point) for each in trials}) == 5 and ranked(trials) == []
-
-
-def test_bayes_stays_in_its_space_and_ends_with_it() -> None:
-    space = Space(
-        (
-            Parameter("choice", "categorical", choices=(1, True, [1], None)),
-            Parameter("count", "int", 1, 2),
-        )
-    )
-    trials = searched(Bayes(space, 20, 3, 0), lambda point: point["count"])
-    assert len({key(each.point) for each in trials}) == len(trials) == 8
-    wide = Space((Parameter("rate", "log", 1e-4, 1.0),))
-    rates = [each.point["rate"] for each in searched(Bayes(wide, 7, 4, 0), lambda point: -abs(point["rate"] - 0.01))]
-    assert all(1e-4 <= rate <= 1 for rate in rates)
-    assert sorted(int(-math.log10(rate)) for rate in rates[:4]) == [0, 1, 2, 3]
-
-
-def test_what_is_proposed_follows_from_what_was_tried() -> None:
-    search = Bayes(LAMBDA, 9, 4, 3)
-    trials = searched(search, tent)
-    for number in (0, 3, 4, 8):
-        read = [Trial(each.number, json.loads(json.dumps(each.point)), each.values) for each in trials[:number]]
-        assert search.propose(read) == trials[number].point
-
-
-BAD_SPACES: dict[str, tuple[Callable[[], object], str]] = {
-    "no values": (lambda: grid_points({"a": []}), "search.grid.a has no value"),
-    "twice": (lambda: grid_points({"a": [1, 1]}), "1 twice"),
-    "empty": (lambda: grid_points({}), "0 points"),
-    "reversed": (lambda: Parameter("a", "float", 1, 0), "min below max"),
-    "log of zero": (lambda: Parameter("a", "log", 0, 1), "min above 0"),
-    "half": (lambda: Parameter("a", "int", 0, 1.5), "whole numbers"),
-    "one choice": (lambda: Parameter("a", "categorical", choices=(1,)), "two choices"),
-    "both": (lambda: Parameter("a", "float", 0, 1, (1, 2)), "drop choices"),
-}
-
-
-@pytest.mark.parametrize("make, message", BAD_SPACES.values(), ids=BAD_SPACES.keys())
-def test_a_bad_space_is_one_line(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make()
-
-
-def sweep_config(*words: object, **tree: Any) -> SweepConfig:
-    return config.check(SweepConfig, {"adapters": ["a", "b"], "method": "weighted_delta", **tree, **dict(words)})  # type: ignore[arg-type]
-
-
 GRID = {"type": "grid", "grid": {"lambda": [0.0, 0.25, 0.5, 0.75, 1.0]}}
 BAYES = {"type": "bayes", "budget": 8, "init_points": 3, "space": {"lambda": {"type": "float", "min": 0, "max": 1}}}
-
-
-def test_selection_on_test_has_to_be_said() -> None:
-    with pytest.raises(ConfigError, match="split=test") as caught:
-        sweep_config(search=GRID, split="test")
-    assert "\n" not in str(caught.value)
-    assert sweep_config(search=GRID, split="test", allow_test_selection=True).split == "test"
-    assert sweep_config(search=GRID).split == "dev"
-
-
-def test_a_merge_is_not_a_sweep() -> None:
-    with pytest.raises(ConfigError, match="lorica sweep"):
-        config.read(MergeConfig, [str(SHIPPED)])
-    with pytest.raises(ConfigError, match=r"needs search\.grid"):
-        sweep_config()
-
-
-def test_older_keys_are_read_and_told(tmp_path: Path) -> None:
-    old = tmp_path / "old.yaml"
-    old.write_text("adapters: [a, b]\nmethod: uniform_scalar_delta\ngrid: {scale: [0.0, 0.5]}\n")
-    with pytest.warns(DeprecationWarning, match=r"search\.grid"):
-        cfg = config.read(SweepConfig, [str(old)])
-    assert cfg.search is not None and (cfg.search.type, cfg.search.grid) == ("grid", {"scale": [0.0, 0.5]})
-
-
-def test_flags_and_words_reach_into_a_search(tmp_path: Path) -> None:
-    words = ["--config", str(SHIPPED), "--search-type", "grid", "--grid", '{"lambda": [0.0, 0.5]}']
-    cfg = config.read(SweepConfig, [*words, "search.space.lambda.max=0.9"])
-    assert cfg.search is not None and cfg.search.type == "grid"
-    assert cfg.search.grid == {"lambda": [0.0, 0.5]} and cfg.search.space["lambda"].max == 0.9
-    (tmp_path / "config.yaml").write_text(config.dump(cfg))
-    assert config.read(SweepConfig, [str(tmp_path / "config.yaml")]) == cfg
-
-
-def test_a_point_is_set_where_its_name_says() -> None:
-    cfg = sweep_config(search=GRID, method_params={"lambda": 0.1, "seed": 3})
-    assert merge_at(cfg, {"lambda": 0.7}).method_params == {"lambda": 0.7, "seed": 3}
-    nested = merge_at(cfg, {"task_coefficients.a": 0.2}).method_params
-    assert nested["task_coefficients"] == {"a": 0.2}
-    policy = merge_at(cfg, {"weights.a": 2.0}).lambda_policy
-    assert policy is not None and policy.weights == {"a": 2.0}
-    layered = sweep_config(search=GRID, lambda_policy={"type": "per_layer", "default": 0.5})
-    policy = merge_at(layered, {"lambda_policy.overrides.0": 0.1}).lambda_policy
-    assert policy is not None and (policy.default, policy.overrides) == (0.5, {"0": 0.1})
-    with pytest.raises(ConfigError, match="cannot be set"):
-        merge_at(cfg, {"lambda.deep": 1})
 
 
 @dataclass
@@ -238,7 +99,9 @@ def tried(folder: Path) -> list[Point]:
     return [each["params"] for each in files.read_records(folder / "trials.jsonl")]
 
 
-@pytest.mark.parametrize("search", [GRID, BAYES], ids=["grid", "bayes"])
+@pytest.mark.parametrize(
+    "search", [GRID, BAYES, {**BAYES, "acquisition": "composite"}], ids=["grid", "bayes", "composite"]
+)
 def test_an_interrupted_sweep_goes_on_as_if_it_had_not_been(
     search: dict[str, Any], planted: Callable[..., Swept], tmp_path: Path
 ) -> None:
@@ -256,12 +119,10 @@ def test_an_interrupted_sweep_goes_on_as_if_it_had_not_been(
     assert len(benches) == 1 and again.summary == resumed.summary
 
 
-def test_a_folder_is_held_and_checked_before_it_is_gone_on_with(planted: Callable[..., Swept], tmp_path: Path) -> None:
+def test_a_folder_is_checked_before_it_is_gone_on_with(planted: Callable[..., Swept], tmp_path: Path) -> None:
     folder = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
         planted(search=GRID, output_dir=str(folder), die_at=2)
-    with files.locked_folder(folder), pytest.raises(FolderInUseError):
-        planted(resume=str(folder))
     with pytest.raises(ResumeError, match=r"eval_tasks\.a"):
         planted(resume=str(folder), data="other data")
     with pytest.raises(ConfigError, match="drop method"):
@@ -382,6 +243,16 @@ def test_a_grid_by_the_other_name_without_saving(runs_dir: Path, tmp_path: Path)
     assert summary["best"]["params"] == {"lambda": 0.5}
     judged = [each["interference_delta"] for each in summary["best"]["tasks"].values()]
     assert [each["interference_delta"] for each in summary["final"]["tasks"]] == judged  # as `lorica merge` finds it
+
+
+def test_workers_share_a_sweep(runs_dir: Path, tmp_path: Path) -> None:
+    words = ("--adapters", "topic", "sentiment", "method=weighted_delta", "workers=2", "save_merged=false")
+    search = ("--grid", '{"lambda": [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]}', "final_split=null")
+    _, summary = swept(runs_dir, tmp_path / "out", *words, *search)
+    lines = files.read_records(tmp_path / "out" / "trials.jsonl")
+    assert sorted(each["number"] for each in lines) == list(range(6)) and summary["num_trials"] == 6
+    left = {each.name for each in (tmp_path / "out").iterdir()}
+    assert "summary.json" in left and not any(name.startswith(("worker", "claims")) for name in left)
 
 
 def test_a_sweep_without_a_winner_says_why(planted: Callable[..., Swept], tmp_path: Path) -> None:

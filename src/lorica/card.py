@@ -130,9 +130,9 @@ tags: [lora, lorica, merge]
 {num_sources} adapters of `{base_model}` merged by **{method}** ({params}), module by module over {num_modules} modules.
 {size}
 
-## What went in
+{learning}## What went in
 
-| adapter | weight | rank | modules | SHA-256 |
+| adapter | {weight} | rank | modules | SHA-256 |
 |---|---|---|---|---|
 {source_rows}
 
@@ -159,9 +159,12 @@ USAGE = {
 def merge_card(metadata: Mapping[str, Any], summary: Mapping[str, Any], split: str) -> str:
     """The card of one merge, as Markdown; every figure comes from its own records."""
     sources = metadata["sources"]
-    params = ", ".join(f"{name.removesuffix('_')}={value}" for name, value in metadata["method_params"].items())
+    learning = metadata["learning"]
+    options = {} if learning else metadata["method_params"]
+    params = ", ".join(f"{name.removesuffix('_')}={value}" for name, value in options.items())
+    weights = learning["mean_coefficients"] if learning else metadata["weights"]
     rows = [
-        f"| {each['name']} | {metadata['weights'][each['name']]:g} | {', '.join(map(str, each['ranks']))} | "
+        f"| {each['name']} | {weights[each['name']]:.4g} | {', '.join(map(str, each['ranks']))} | "
         f"{each['num_modules']} | `{each['sha256'][:12]}` |"
         for each in sources
     ]
@@ -171,7 +174,9 @@ def merge_card(metadata: Mapping[str, Any], summary: Mapping[str, Any], split: s
         title=f"{' + '.join(each['name'] for each in sources)}, merged by {metadata['method']}",
         num_sources=len(sources),
         method=metadata["method"],
-        params=params or "no options",
+        params="coefficients learned" if learning else params or "no options",
+        learning=_learning(learning) if learning else "",
+        weight="mean coefficient" if learning else "weight",
         num_modules=summary["num_modules"],
         size=f"The largest rank is {rank}." if rank else "The update is dense.",
         source_rows="\n".join(rows),
@@ -179,6 +184,23 @@ def merge_card(metadata: Mapping[str, Any], summary: Mapping[str, Any], split: s
         loss=_loss(summary),
         evaluation=_survival(summary, split),
         usage=USAGE[metadata["save"]],
+    )
+
+
+def _learning(found: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in found["options"].items())
+    descent = found["descent"]
+    rows = ", ".join(
+        f"{each['num_fitted']} of {name} (and {each['num_validation']} to validate)"
+        for name, each in found["tasks"].items()
+    )
+    best = "" if found["best_step"] is None else f" They are those of step {found['best_step']}, the best validated."
+    return (
+        "## How the coefficients were learned\n\n"
+        f"By `{found['optimizer']}` ({options or 'no options'}), {descent['variant'].replace('_', '-')}, seed "
+        f"{descent['seed']}, in {found['seconds']:.1f} s on {descent['split']} examples"
+        f"{'' if found['labels_used'] else ' without their labels'}: {rows}. {found['stopped'].capitalize()}.{best} "
+        "`learning.json` has every coefficient and the history, `learning.png` the picture.\n\n"
     )
 
 

@@ -169,8 +169,10 @@ def plan(context: typer.Context) -> None:
 
 
 @app.command(name="list")
-def list_(what: Annotated[str, typer.Argument(help="tasks, methods, transforms, flags or keys")] = "tasks") -> None:
-    """List what lorica knows by name: tasks, merge methods and transforms, flags of older tools, or config keys."""
+def list_(
+    what: Annotated[str, typer.Argument(help="tasks, methods, transforms, optimizers, flags or keys")] = "tasks",
+) -> None:
+    """List what lorica knows by name: tasks, merge methods, transforms, optimizers, older tools' flags, config keys."""
     with _imports():
         from lorica import tables
 

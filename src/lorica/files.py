@@ -140,20 +140,45 @@ def claim_folder(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked_folder(path: Path) -> Iterator[None]:
-    """Hold the folder against a second process. The kernel lets go when the holder dies. Raises FolderInUseError."""
+def locked_folder(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the folder against every other process. The kernel lets go when the holder dies.
+
+    With `wait` it stands in line for it, and else raises FolderInUseError where somebody holds it.
+    """
     descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(descriptor, wait):
             holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
-            raise FolderInUseError(f"{path} is in use by {holder}: wait for it, or stop it") from None
+            raise FolderInUseError(f"{path} is in use by {holder}: wait for it, or stop it")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def hold(path: Path, *, wait: bool = False) -> BinaryIO | None:
+    """A file that is there, open and locked until it is closed or its holder dies; None if it is held, without `wait`.
+
+    Raises FileNotFoundError. What was waited for may have been deleted meanwhile.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if _locked(descriptor, wait):
+            return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _locked(descriptor: int, wait: bool) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def read_json(path: Path) -> Any:

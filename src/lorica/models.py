@@ -84,6 +84,7 @@ def load(
 ) -> Base:
     """Load a checkpoint from a local folder or the hub, with `seed` for the head that the checkpoint lacks.
 
+    Without `num_labels` a classifier has as many classes as its checkpoint says.
     Raises MissingPathError for a folder that is not there, ModelError for a checkpoint that is corrupt, incomplete or
     of another kind, MissingExtraError if quantisation needs a library that is not installed.
     """
@@ -94,7 +95,7 @@ def load(
         options["attn_implementation"] = attention
     if kind == "classification":
         # A head for another number of labels is drawn anew; `_check_complete` lets nothing but a head be new.
-        options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+        options |= {"ignore_mismatched_sizes": True, **({} if num_labels is None else {"num_labels": num_labels})}
     if quantization == "int8":
         options["quantization_config"] = _int8()
     with _one_line(name), quiet():
@@ -105,7 +106,7 @@ def load(
     new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     _check_complete(name, model, new, heads)
     missing_inside = {key.rpartition(".")[0] for key in new if not any(key.startswith(head + ".") for head in heads)}
-    _draw_new(model, new, seed)
+    draw_new(model, new, seed)
     # Frozen from the start: torch picks its matmul by requires_grad, so a base that an adapter froze later would round
     # its logits otherwise than the same base alone.
     model.to(device).eval().requires_grad_(False)
@@ -296,7 +297,7 @@ def _check_complete(name: str, model: Any, missing: Sequence[str], heads: Sequen
 
 
 @torch.no_grad()
-def _draw_new(model: Any, new: Sequence[str], seed: int) -> None:
+def draw_new(model: Any, new: Sequence[str], seed: int) -> None:
     """Draw the new matrices from `seed`: transformers took them from the global generator. New vectors stay."""
     std = getattr(model.config, "initializer_range", None) or 0.02
     for name, parameter in model.named_parameters():

@@ -20,8 +20,8 @@ from rich.progress import (
 Item = TypeVar("Item")
 
 
-def bar(transient: bool = False) -> Progress:
-    """A progress bar on stderr that draws nothing unless stderr is a terminal; fields `note` are shown behind it."""
+def bar(transient: bool = False, wanted: bool = True) -> Progress:
+    """A progress bar on stderr, drawn if it is wanted and stderr a terminal; fields `note` are shown behind it."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -31,7 +31,7 @@ def bar(transient: bool = False) -> Progress:
         TextColumn("{task.fields[note]}"),
         console=_console(),
         transient=transient,
-        disable=not sys.stderr.isatty(),
+        disable=not (wanted and sys.stderr.isatty()),
     )
 
 

@@ -167,7 +167,7 @@ def inject(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> Live:
     changed only after every module was checked.
     """
     for path, update in adapter.updates.items():
-        _check_fits(model, path, update)
+        check_fits(model, path, update)
     for path, head in adapter.heads.items():
         _check_head_fits(model, path, head)
     for path in adapter.updates:
@@ -228,7 +228,7 @@ def fused_weight(model: nn.Module, path: str, update: LowRank | Tensor) -> Tenso
 
     Raises AdapterFormatError if the module is missing or of another shape, ModelError as `summed` does.
     """
-    _check_fits(model, path, update)
+    check_fits(model, path, update)
     module = model.get_submodule(path)
     if isinstance(module, LoraLinear):
         raise ModelError(f"{path} carries a live adapter: remove it before fusing")
@@ -347,7 +347,7 @@ def _inside(path: str, roots: Sequence[str]) -> bool:
     return any(path == root or path.startswith(root + ".") for root in roots)
 
 
-def _check_fits(model: nn.Module, path: str, update: LowRank | Tensor) -> None:
+def check_fits(model: nn.Module, path: str, update: LowRank | Tensor) -> None:
     try:
         shape = features(model.get_submodule(path))
     except AttributeError:

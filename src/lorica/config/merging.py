@@ -52,6 +52,13 @@ class LambdaPolicyConfig(Section):
         return self
 
 
+class OptimizerConfig(Section):
+    """What learns the coefficients of a merge."""
+
+    name: str = Field(description="see `lorica list optimizers`")
+    params: dict[str, Any] = Field({}, description="its own options, and those that all of them share")
+
+
 class SubsetConfig(Section):
     """Which examples of a split an evaluation looks at."""
 
@@ -77,6 +84,9 @@ class MergeConfig(Section):
         [], description="see `lorica list transforms`"
     )
     lambda_policy: LambdaPolicyConfig | None = None
+    optimizer: Annotated[OptimizerConfig | None, BeforeValidator(name_alone)] = Field(
+        None, description="learns the coefficients of weighted_delta_n"
+    )
     model: Annotated[ModelConfig | None, BeforeValidator(name_alone)] = Field(
         None, description="None: the adapters' own"
     )
@@ -110,6 +120,17 @@ class MergeConfig(Section):
         return tree
 
     @model_validator(mode="after")
+    def _one_source_of_coefficients(self) -> MergeConfig:
+        if self.optimizer is None:
+            return self
+        learns = f"optimizer={self.optimizer.name} learns the coefficients of weighted_delta_n"
+        if self.method.lower().replace("-", "_") not in (type(self).model_fields["method"].default, "weighted_delta_n"):
+            raise ValueError(f"{learns}, and method={self.method} has none: drop one of the two")
+        if self.method_params:
+            raise ValueError(f"{learns}, and method_params would set {next(iter(self.method_params))}: drop it")
+        return self
+
+    @model_validator(mode="after")
     def _one_size(self) -> MergeConfig:
         sizes = [key for key in ("rank", "energy", "rank_budget") if getattr(self, key) is not None]
         if len(sizes) > 1:
@@ -129,13 +150,19 @@ class ParameterConfig(Section):
 
 
 class SearchConfig(Section):
-    """Which points a sweep tries. Parameters are the method's options, or weights.ADAPTER, or lambda_policy.KEY."""
+    """Which points a sweep tries.
+
+    Parameters are the method's options, or weights.ADAPTER, lambda_policy.KEY, optimizer.KEY.
+    """
 
     type: Literal["grid", "bayes"] = "grid"
     grid: dict[str, list[Any]] = Field({}, description="parameter -> values; every combination is tried")
     budget: int = Field(20, ge=1, description="trials of type=bayes")
     init_points: int = Field(6, ge=1, description="of these trials so many are random, and come first")
     seed: int = 42
+    acquisition: Literal["single", "composite"] = Field(
+        "single", description="of bayes: model the minimum, or each task's value, which composite takes the minimum of"
+    )
     space: dict[str, ParameterConfig] = Field({}, description="parameter -> {type, min, max} or {type, choices}")
     warm_start_sweeps: list[str] = Field([], description="earlier sweeps that bayes learns from: files, folders, globs")
     warm_start_max_points: int | None = Field(None, ge=1, description="None: all that fit; else the best so many")
@@ -145,6 +172,8 @@ class SearchConfig(Section):
         needed = {"grid": "grid", "bayes": "space"}[self.type]
         if not getattr(self, needed):
             raise ValueError(f"search.type={self.type} needs search.{needed}")
+        if self.type == "grid" and self.acquisition != "single":
+            raise ValueError("search.acquisition=composite is of search.type=bayes: drop one of the two")
         return self
 
 
@@ -160,7 +189,8 @@ class SweepConfig(MergeConfig):
         "test", description="on which the winner alone is evaluated, once, at the end"
     )
     output_dir: str | None = Field(None, description="None: artifacts/sweeps/<method>/<tasks>/sweep-<time>")
-    resume: str | None = Field(None, description="a sweep's folder: go on with its own config")
+    resume: str | None = Field(None, description="a sweep's folder: go on with its own config, or join those who do")
+    workers: int = Field(1, ge=1, description="processes of this call that share the trials; more may join by resume")
 
     @model_validator(mode="after")
     def _honest(self) -> SweepConfig:

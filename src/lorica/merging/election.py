@@ -69,6 +69,12 @@ def elected_mean(
     return merged.div_(number.clamp_(min=1.0) if divisor == "count" else number.masked_fill_(number == 0, 1.0))
 
 
+def agreeing(stack: Sequence[Tensor]) -> list[Tensor]:
+    """T tensors -> T: the entries with the sign of the sum of all T, and zero for the others."""
+    elected = _elected(stack, [1.0] * len(stack), "drop")
+    return [entries.where(entries * elected > 0, 0.0) for entries in stack]
+
+
 def _elected(stack: Sequence[Tensor], weights: Sequence[float], tie: Tie) -> Tensor:
     """The sign of each entry's weighted sum: 1, -1, or at a tie what `tie` says, where 0 drops the entry."""
     total = torch.zeros_like(stack[0])

@@ -23,6 +23,7 @@ from lorica.merging.merge import Merge, Merged
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK_BYTES = 16 << 20
+DENSE_PATCH = "delta.safetensors"  # the file of ΔW in a merge's folder
 
 Shapes = Mapping[str, tuple[int, ...]]  # module path -> (out, in)
 

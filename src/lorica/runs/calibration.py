@@ -16,8 +16,9 @@ from lorica.config import MergeConfig
 from lorica.merging.grams import Grams, collect, merge_sequentially
 from lorica.merging.layers import layer_of
 from lorica.merging.merge import Merge
+from lorica.runs.bodies import Bodies
 from lorica.runs.merge_evaluation import model_of, task_of
-from lorica.runs.ready import chosen, prepare
+from lorica.runs.ready import chosen
 from lorica.runs.sources import Source
 from lorica.tasks.batching import Batch
 from lorica.tasks.objectives import scores
@@ -26,14 +27,16 @@ BATCH_SIZE = 16
 Settle = Callable[[Grams], Merge]
 
 
-def grams_for(cfg: MergeConfig, sources: Sequence[Source], paths: Sequence[str], settle: Settle | None) -> Grams:
+def grams_for(
+    cfg: MergeConfig, sources: Sequence[Source], paths: Sequence[str], settle: Settle | None, bodies: Bodies
+) -> Grams:
     """XᵀX of the inputs of every module at `paths`, for each source over batches of its own training data.
 
     With `settle`, which makes the merge from the Grams so far, a layer's inputs are those behind the merged layers
     before it (RegMean++); else behind the source's own adapter.
     """
     feed = _Feed()
-    model = feed.load(cfg, sources)
+    model = feed.load(cfg, sources, bodies)
     adapters = {source.name: Adapter(source.adapter.updates) for source in sources}
     batches = {name: partial(feed.run, model, name) for name in adapters}
     ordered = [path for path, _ in model.named_modules() if path in set(paths)]
@@ -59,11 +62,11 @@ class _Feed:
         self._batches: dict[str, list[Batch]] = {}
         self._running: Batch | None = None
 
-    def load(self, cfg: MergeConfig, sources: Iterable[Source]) -> nn.Module:
+    def load(self, cfg: MergeConfig, sources: Iterable[Source], bodies: Bodies) -> nn.Module:
         """Draw the batches of each source's task, and return a base model."""
         for source in sources:
             task = task_of(source)
-            ready = prepare(model_of(source, cfg), task, cfg.device, cfg.seed)
+            ready = bodies.prepare(model_of(source, cfg), task)
             examples = chosen(ready.task, "train", task)
             order = randomness.python_generator(cfg.seed, "calibration", source.name)
             picked = order.sample(examples, min(len(examples), cfg.calibration_batches * BATCH_SIZE))

@@ -5,21 +5,26 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from torch import nn
+
 from lorica import config, files, results
 from lorica.adapters import injection, peft_format
 from lorica.adapters.adapter import Adapter
 from lorica.config import EvaluateConfig, ModelConfig, TaskConfig, TrainConfig
 from lorica.errors import ConfigError, MissingPathError
 from lorica.evaluation.evaluate import Evaluation, evaluate
+from lorica.merging import saving
+from lorica.merging.live import attach
+from lorica.merging.merge import Merged
 from lorica.results import RunFolder
 from lorica.runs.merge_heads import HEADS, read_heads
 from lorica.runs.ready import chosen, prepare
 
 
 def evaluate_target(target: str | None, given: EvaluateConfig) -> Evaluation:
-    """Evaluate a run folder, a PEFT adapter folder, or (target None) the base model alone.
+    """Evaluate a run folder, a PEFT adapter folder, a merge's folder, or (target None) the base model alone.
 
-    A run brings its own model and task; an adapter brings its base model, and needs `task`; a merge's folder has the
+    A run brings its own model and task; an adapter or a merge brings its base model, and needs `task`; a merge has the
     task's head too. With a run, the line is appended to its `evaluations.jsonl` too.
     """
     model, task, folder, run = _resolve_target(target, given)
@@ -27,7 +32,7 @@ def evaluate_target(target: str | None, given: EvaluateConfig) -> Evaluation:
     split = given.split or (cfg.eval_split if cfg else "test")
     ready = prepare(model, task, given.device, cfg.seed if cfg else 0)
     if folder is not None:
-        injection.inject(ready.base.model, _with_head(peft_format.read(folder), folder, ready.task.name))
+        _lay_on(ready.base.model, folder, ready.task.name)
     found = evaluate(
         ready.base.model,
         ready.task,
@@ -40,6 +45,15 @@ def evaluate_target(target: str | None, given: EvaluateConfig) -> Evaluation:
         line = {**found.as_record(), "model": model.name, "finished": time.time()}
         files.append_record(run.evaluations, line)
     return found
+
+
+def _lay_on(model: nn.Module, folder: Path, task: str) -> None:
+    """Put the adapter or the dense merge of a folder on the model, with the head for the task if there is one."""
+    dense = folder / saving.DENSE_PATCH
+    if dense.is_file():
+        attach(model, (Merged(path, update, None) for path, update in saving.read_dense_patch(dense).items()))
+    adapter = Adapter({}) if dense.is_file() else peft_format.read(folder)
+    injection.inject(model, _with_head(adapter, folder, task))
 
 
 def _with_head(adapter: Adapter, folder: Path, task: str) -> Adapter:
@@ -60,13 +74,20 @@ def _resolve_target(
         return given.model, given.task, None, None
     path = Path(target)
     is_adapter = (path / peft_format.CONFIG_FILE).is_file()
-    if (path / "config.yaml").is_file() and not is_adapter:
+    is_dense = (path / saving.DENSE_PATCH).is_file()
+    if (path / "config.yaml").is_file() and not (is_adapter or is_dense):
         run = results.open_run(path)
         cfg = config.check(TrainConfig, config.read_yaml(run.config))
         return given.model or cfg.model, given.task or cfg.task, run.adapter, run
-    if not is_adapter:
+    if not (is_adapter or is_dense):
         raise MissingPathError(f"{target!r} is neither a run folder (config.yaml) nor an adapter (adapter_config.json)")
-    model = given.model or ModelConfig(name=peft_format.read(path).base_model or "")
     if given.task is None:
-        raise ConfigError(f"{target!r} is an adapter, which knows no task: give task=NAME")
-    return model, given.task, path, None
+        raise ConfigError(f"{target!r} is an adapter or a merge, which knows no task: give task=NAME")
+    return given.model or ModelConfig(name=_base_of(path, is_adapter)), given.task, path, None
+
+
+def _base_of(path: Path, is_adapter: bool) -> str:
+    """The base model that an adapter, or a dense merge, says it is for."""
+    if is_adapter:
+        return peft_format.read(path).base_model or ""
+    return str(files.read_json(path / "merge_metadata.json")["sources"][0]["base_model"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,23 @@ from lorica import card, config, files, models, results
 from lorica.adapters import peft_format
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.injection import Placement
-from lorica.config import LambdaPolicyConfig, MergeConfig, ModelConfig
-from lorica.errors import ConfigError
+from lorica.config import MergeConfig, ModelConfig
 from lorica.evaluation.evaluate import Evaluation
 from lorica.evaluation.recovery import Recovery, summarise
-from lorica.merging import method as methods
 from lorica.merging import saving
-from lorica.merging import transform as transforms
-from lorica.merging.coefficients import LambdaPolicy
-from lorica.merging.merge import Grams, Merge, Merged, Size, prepare, total_error
-from lorica.merging.method import Method
+from lorica.merging.merge import Merge, Merged, total_error
 from lorica.progress import tracked
-from lorica.runs.calibration import grams_for
-from lorica.runs.merge_evaluation import evaluation_name, model_of, open_arena
+from lorica.runs.bodies import Bodies
+from lorica.runs.learned_merge import learn
+from lorica.runs.learning_figure import draw_learning
+from lorica.runs.merge_evaluation import Arena, evaluation_name, judged_sources, model_of, open_arenas
 from lorica.runs.merge_heads import HEADS, write_heads
+from lorica.runs.settling import settle
 from lorica.runs.sources import Source, resolve
 
 # What a module that was fused whole has lost.
 EXACT = {"rank": None, "full_rank": None, "error": 0.0, "norm": None, "distance": None}
+LONG = ("history", "coefficients", "method_params")  # what learning.json alone says of the learning
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,14 @@ class MergedRun:
     seconds: float
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     recoveries: Sequence[Recovery] = ()
+    learning: Mapping[str, Any] | None = None  # how its coefficients were learned
 
     def as_record(self) -> dict[str, Any]:
         modules = self.modules.values()
         summary = summarise(self.recoveries)
         return {
             "method": self.method,
+            "optimizer": self.learning["optimizer"] if self.learning else None,
             "num_modules": len(modules),
             "max_rank": max((each["rank"] for each in modules if each["rank"] is not None), default=None),
             "total_error": total_error([(each["error"], each["norm"] or 0.0) for each in modules]),
@@ -73,16 +73,22 @@ def merge(cfg: MergeConfig, say: Console) -> MergedRun:
         results.check_free(cfg.output_dir)
     sources = resolve(cfg.adapters, Path(cfg.runs_dir))
     judged_on = judged_sources(cfg, sources)
-    settled = settle(cfg, sources)
+    bodies = Bodies(cfg.device, cfg.seed)
+    settled, learning = settle(cfg, sources, bodies=bodies), None
+    if cfg.optimizer is not None:
+        settled, learning = learn(settled, cfg, sources, bodies, say)
+        _warn_of_leak(learning, cfg, say)
     making = Making(settled, keeps=cfg.save == "adapter" or not cfg.save_merged)
     say.print(f"{' + '.join(settled.names)} by {settled.method.name}, {len(settled.paths)} modules", highlight=False)
-    folder = _folder(cfg, settled.method.name, sources)
+    folder = _folder(cfg, learning["optimizer"] if learning else settled.method.name, sources)
     with files.staged_folder(folder) as staging:
         if cfg.save_merged:
             _write_weights(cfg, making, sources, staging)
         seconds = time.monotonic() - begin
-        evaluations, recoveries = _evaluated(cfg, judged_on, making, say)
-        run = MergedRun(folder, settled.method.name, making.records, settled.dropped, seconds, evaluations, recoveries)
+        evaluations, recoveries = _evaluated(open_arenas(judged_on, cfg, cfg.split, bodies), making, say)
+        run = MergedRun(
+            folder, settled.method.name, making.records, settled.dropped, seconds, evaluations, recoveries, learning
+        )
         _write_records(cfg, settled, sources, run, staging)
     _index_evaluations(cfg, run, folder)
     return run
@@ -112,74 +118,19 @@ class Making:
         self._kept = made
 
 
-def settle(cfg: MergeConfig, sources: Sequence[Source], grams: Grams | None = None) -> Merge:
-    """The merge that a config asks for, checked and surveyed, and not yet computed.
-
-    `grams` are those of an earlier merge of the same sources, for the methods whose Grams no option changes.
-    """
-    chosen = settings(cfg, len(sources))
-    method: Method = chosen.pop("method")
-    adapters = {source.name: source.adapter for source in sources}
-    with_grams = partial(prepare, adapters, method, as_factors=cfg.save == "adapter", **chosen)
-    without = with_grams(grams=None)
-    if not method.needs_grams:
-        return without
-    if grams and method.grams == "own":
-        return with_grams(grams=grams)
-    one_after_the_other = (lambda grams: with_grams(grams=grams)) if method.grams == "merged" else None
-    return with_grams(grams=grams_for(cfg, sources, without.paths, one_after_the_other))
+def _warn_of_leak(learning: Mapping[str, Any], cfg: MergeConfig, say: Console) -> None:
+    if cfg.eval_tasks and learning["descent"]["split"] == cfg.split:
+        say.print(f"warning: coefficients were fitted to split={cfg.split}, which judges the merge", soft_wrap=True)
 
 
-def settings(cfg: MergeConfig, num_adapters: int) -> dict[str, Any]:
-    """How a config says to merge: what `prepare` and `plan` take as keywords, and the method."""
-    policy, weights = _policy(cfg.lambda_policy)
-    return {
-        "method": methods.load(cfg.method, cfg.method_params, num_adapters),
-        "mode": cfg.merge_mode,
-        "weights": weights,
-        "transforms": [transforms.load(each.name, each.params) for each in cfg.transforms],
-        "policy": policy,
-        "size": Size(cfg.rank, cfg.energy, cfg.rank_budget),
-        "num_workers": cfg.num_workers,
-        "force": cfg.force,
-    }
-
-
-def _policy(given: LambdaPolicyConfig | None) -> tuple[LambdaPolicy | None, Any]:
-    """(lambda of each module, weight of each adapter)"""
-    if given is None:
-        return None, None
-    if given.type == "per_adapter":
-        return None, given.weights
-    value = given.value if given.type == "scalar" else given.default
-    assert value is not None
-    return LambdaPolicy(value, given.overrides), None
-
-
-def judged_sources(cfg: MergeConfig, sources: Sequence[Source]) -> list[Source]:
-    """The sources whose tasks the merge is evaluated on."""
-    by_name = {source.name.lower(): source for source in sources}
-    if cfg.eval_tasks == ["all"]:
-        return list(sources)
-    unknown = [name for name in cfg.eval_tasks if name.lower() not in by_name]
-    if unknown:
-        raise ConfigError(
-            f"eval_tasks={unknown[0]}: the merge has the tasks {', '.join(by_name)}; `all` is all of them"
-        )
-    return [by_name[name.lower()] for name in cfg.eval_tasks]
-
-
-def _evaluated(
-    cfg: MergeConfig, judged_on: Sequence[Source], making: Making, say: Console
-) -> tuple[dict[str, Evaluation], list[Recovery]]:
-    """One task after the other, so that one base model is in memory at a time."""
+def _evaluated(arenas: Sequence[Arena], making: Making, say: Console) -> tuple[dict[str, Evaluation], list[Recovery]]:
     evaluations, recoveries = {}, []
-    for source in judged_on:
-        evaluations[source.name], found = open_arena(source, cfg, cfg.split).judged(making.modules())
+    for arena in arenas:
+        evaluations[arena.source.name], found = arena.judged(making.modules())
         recoveries.append(found)
         if not found.has_headroom:
             say.print(
-                f"warning: {source.name}'s own adapter is not surely better than the base: left out of the minimum"
+                f"warning: {found.task}'s own adapter is not surely better than the base: left out of the minimum"
             )
     return evaluations, recoveries
 
@@ -195,7 +146,7 @@ def _write_weights(cfg: MergeConfig, making: Making, sources: Sequence[Source], 
     """The merged weights in the form asked for, and every task's head beside them."""
     if cfg.save == "dense":
         shapes = {path: making.merge.shape(path) for path in making.merge.paths}
-        saving.dense_patch(making.modules(), shapes, folder / "delta.safetensors")
+        saving.dense_patch(making.modules(), shapes, folder / saving.DENSE_PATCH)
     elif cfg.save == "model":
         model = model_of(sources[0], cfg)
         base = models.checkpoint_folder(model.name, model.revision)
@@ -247,6 +198,7 @@ def _write_records(cfg: MergeConfig, prepared: Merge, sources: Sequence[Source],
         "weights": dict(zip(prepared.names, prepared.weights, strict=True)),
         "size": asdict(prepared.size),
         "save": cfg.save if cfg.save_merged else None,
+        "learning": {key: value for key, value in run.learning.items() if key not in LONG} if run.learning else None,
         "sources": [source.as_record() for source in sources],
         "modules": run.modules,
         "dropped_modules": list(run.dropped),
@@ -256,6 +208,9 @@ def _write_records(cfg: MergeConfig, prepared: Merge, sources: Sequence[Source],
     }
     files.write_json(folder / "merge_metadata.json", metadata)
     files.write_json(folder / "summary.json", run.as_record())
+    if run.learning:
+        files.write_json(folder / "learning.json", run.learning)
+        draw_learning(run.learning["history"], folder / "learning.png")
     if run.evaluations:
         name = evaluation_name(cfg.split, cfg.eval_subset)
         files.write_json(folder / f"eval_results_{name}.json", _evaluation_record(run))
@@ -277,6 +232,7 @@ def _index_evaluations(cfg: MergeConfig, run: MergedRun, folder: Path) -> None:
     for task in run.evaluations:
         place = unified / name / files.slug(task)
         place.mkdir(parents=True, exist_ok=True)
-        files.link_or_copy(results_file, place / f"{run.method}-{folder.parents[1].name}-{folder.name}.json")
+        link = "-".join([*folder.parts[-4:-2], folder.name])  # method or optimizer, tasks, run
+        files.link_or_copy(results_file, place / f"{link}.json")
     line = {"folder": str(folder), "split": name, "finished": time.time(), **run.as_record()}
     files.append_record(unified / "index.jsonl", line)

@@ -10,7 +10,7 @@ from lorica.errors import ConfigError
 from lorica.merging.audit import Audit, audit
 from lorica.merging.diagnosis import Diagnosis, diagnose
 from lorica.merging.plan import MergePlan, plan
-from lorica.runs.merge import settings
+from lorica.runs.settling import settings
 from lorica.runs.sources import locate, resolve
 
 

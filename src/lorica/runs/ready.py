@@ -71,6 +71,12 @@ class Ready:
 def prepare(model: ModelConfig, task: TaskConfig, device: str, seed: int) -> Ready:
     """Load the task and the base model, each as the other needs it; the task first: it is the cheaper to get wrong."""
     on = models.choose_device(device)
+    kind, asked = loaded_task(model, task)
+    return ready(load_base(model, kind, on, seed, len(asked.labels)), asked, task, on)
+
+
+def loaded_task(model: ModelConfig, task: TaskConfig) -> tuple[Kind, Task]:
+    """The task, and what kind the model must be of."""
     kind, task_kind = _kinds(model, task)
     loaded = load_task(
         task.name,
@@ -87,19 +93,28 @@ def prepare(model: ModelConfig, task: TaskConfig, device: str, seed: int) -> Rea
         num_eval=task.num_eval,
         seed=task.train_set_seed,
     )
-    base = models.load(
+    return kind, loaded
+
+
+def load_base(model: ModelConfig, kind: Kind, device: str, seed: int, num_labels: int | None = None) -> Base:
+    """The base model that a config names, as `models.load` has it."""
+    return models.load(
         model.name,
         kind=kind,
-        num_labels=len(loaded.labels),
+        num_labels=num_labels,
         dtype=model.dtype,
-        device=on,
+        device=device,
         quantization=model.quantization,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         attention=model.attention,
         seed=seed,
     )
-    return Ready(base, loaded, on, min(task.max_length, models.longest_input(base)))
+
+
+def ready(base: Base, task: Task, cfg: TaskConfig, device: str) -> Ready:
+    """The two together; inputs are as long as the config and the model allow."""
+    return Ready(base, task, device, min(cfg.max_length, models.longest_input(base)))
 
 
 def chosen(task: Task, split: Split, cfg: TaskConfig) -> list[tasks.Example]:

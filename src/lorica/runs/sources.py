@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,18 @@ class Source(Place):
 
     adapter: Adapter
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file of weights."""
+        with files.open_regular(self.folder / peft_format.WEIGHTS_FILE) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     def as_record(self) -> dict[str, Any]:
-        weights = self.folder / peft_format.WEIGHTS_FILE
-        with files.open_regular(weights) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         ranks = sorted({update.rank for update in self.adapter.updates.values()})
         return {
             "name": self.name,
             "folder": str(self.folder),
-            "sha256": digest,
+            "sha256": self.sha256,
             "base_model": self.adapter.base_model,
             "ranks": ranks,
             "num_modules": len(self.adapter.updates),

@@ -21,8 +21,10 @@ from lorica.results import RunFolder
 from lorica.runs.merge import merge
 from lorica.runs.resuming import differing
 from lorica.runs.sweep_bench import Bench, merge_at, open_bench, search_of
-from lorica.runs.warm_start import IDENTITY, TRIALS, WarmStart, trial, warm_start
+from lorica.runs.sweep_workers import colleagues
+from lorica.runs.warm_start import IDENTITY, WarmStart, trial, warm_start
 from lorica.studies.figures import draw_history
+from lorica.studies.ledger import Ledger
 from lorica.studies.search import Search, Trial, ranked
 from lorica.studies.space import Point
 
@@ -43,7 +45,8 @@ def sweep(given: SweepConfig, say: Console) -> Swept:
     """Try the points that the search proposes, rank them, and save the winner.
 
     Points are ranked by the least interference delta of all tasks with headroom, equal ones by the mean (MATH section
-    6.2). With `resume` a sweep goes on behind its last finished trial; a finished one is left as it is.
+    6.2). With `resume` a sweep goes on behind its finished trials, beside whoever is at work on it already; a finished
+    one is left as it is.
     """
     if given.resume is not None:
         return _resumed(given, say)
@@ -59,43 +62,77 @@ def sweep(given: SweepConfig, say: Console) -> Swept:
         files.write_json(run.path / WARM_START, warm.as_record())
         files.write_json(run.origin, _origin(given))
         files.write_atomic(run.config, config.dump(given))  # last: a folder with a config can be resumed
-        for line in warm.lines():
-            say.print(line, highlight=False, markup=False, soft_wrap=True)
+    for line in warm.lines():
+        say.print(line, highlight=False, markup=False, soft_wrap=True)
+    with colleagues(run.path, given.workers - 1, given.device, say):
         return _completed(bench, search, warm, run, say)
 
 
 def _resumed(given: SweepConfig, say: Console) -> Swept:
-    """The sweep of a folder's own config gone on with; of the words given only `device` counts beside it."""
-    extra = sorted(given.model_fields_set - {"resume", "device"})
+    """The sweep of a folder's own config; of the words given only `device` and `workers` count beside it."""
+    extra = sorted(given.model_fields_set - {"resume", "device", "workers"})
     if extra:
         raise ConfigError(f"resume={given.resume} takes its config from the sweep: drop {', '.join(extra)}")
     assert given.resume is not None
     run = results.open_run(given.resume)
     if not (run.path / IDENTITY).is_file():
         raise MissingPathError(f"{given.resume!r} is not a sweep's folder: it has no {IDENTITY}")
-    with files.locked_folder(run.path):
-        if (run.path / SUMMARY).exists():
-            say.print(f"{run.path} is finished: nothing to resume", highlight=False, markup=False, soft_wrap=True)
-            return Swept(run.path, files.read_json(run.path / SUMMARY))
-        cfg = config.check(SweepConfig, config.read_yaml(run.config))
-        if "device" in given.model_fields_set:
-            cfg = cfg.model_copy(update={"device": given.device})
-        bench = open_bench(cfg, say)
-        others = list(differing(files.read_json(run.path / IDENTITY), bench.identity()))
-        if others:
-            raise ResumeError(f"{run.path} was begun with another {', '.join(others)}: put that back, or sweep anew")
-        warm = WarmStart.of_record(files.read_json(run.path / WARM_START))
+    if (run.path / SUMMARY).exists():
+        say.print(f"{run.path} is finished: nothing to resume", highlight=False, markup=False, soft_wrap=True)
+        return Swept(run.path, files.read_json(run.path / SUMMARY))
+    cfg = config.check(SweepConfig, config.read_yaml(run.config))
+    if "device" in given.model_fields_set:
+        cfg = cfg.model_copy(update={"device": given.device})
+    bench = open_bench(cfg, say)
+    others = list(differing(files.read_json(run.path / IDENTITY), bench.identity()))
+    if others:
+        raise ResumeError(f"{run.path} was begun with another {', '.join(others)}: put that back, or sweep anew")
+    warm = WarmStart.of_record(files.read_json(run.path / WARM_START))
+    with colleagues(run.path, given.workers - 1, cfg.device, say):
         return _completed(bench, search_of(cfg), warm, run, say)
 
 
 def _completed(bench: Bench, search: Search, warm: WarmStart, run: RunFolder, say: Console) -> Swept:
-    """Try what is left to try, draw the picture, save the winner, and write the summary: with it the sweep is done."""
-    say.print(f"after a crash: lorica sweep resume={run.path}", highlight=False, markup=False, soft_wrap=True)
+    """Try what is left to try; the first that finds nothing left then settles the sweep, for all that work on it."""
+    say.print(
+        f"after a crash, or to help: lorica sweep resume={run.path}", highlight=False, markup=False, soft_wrap=True
+    )
     known = [trial(place - len(warm.points), each) for place, each in enumerate(warm.points)]
-    records = _tried(bench, search, known, run.path / TRIALS)
+    ledger = Ledger(run.path, trial)
+    _try_all(bench, search, known, ledger)
+    with files.locked_folder(run.path, wait=True):
+        if not (run.path / SUMMARY).exists():
+            _settle(bench, warm.points, known, ledger, run, say)
+    return Swept(run.path, files.read_json(run.path / SUMMARY))
+
+
+def _try_all(bench: Bench, search: Search, known: Sequence[Trial], ledger: Ledger) -> None:
+    """Work on trials until all are finished, each written down as soon as it is known."""
+    with progress.bar() as shown:
+        task = shown.add_task(f"sweep of {bench.method}", total=search.total, note="")
+        while True:
+            with ledger.claimed(search, known) as claim:
+                if claim is None:
+                    return
+                best = ranked(claim.finished)[:1]
+                note = f"best so far {best[0].values[0]:.3f}" if best else ""
+                shown.update(task, completed=len(claim.finished), note=note)
+                ledger.finish(claim, bench.judged(claim.point))
+
+
+def _settle(
+    bench: Bench,
+    points: Sequence[Mapping[str, Any]],
+    known: Sequence[Trial],
+    ledger: Ledger,
+    run: RunFolder,
+    say: Console,
+) -> None:
+    """Draw the picture, save the winner, and write the summary: with it the sweep is done."""
+    records = ledger.records()
     trials = [*known, *(trial(each["number"], each) for each in records)]
     draw_history(trials, run.path / HISTORY, "least recovery of all tasks")
-    by_number = dict(enumerate([*warm.points, *records], -len(known)))
+    by_number = dict(enumerate([*points, *records], -len(known)))
     order = [*ranked(trials), *(each for each in trials if not each.counts)]
     best = by_number[order[0].number] if order[0].counts else None
     summary = {
@@ -111,24 +148,8 @@ def _completed(bench: Bench, search: Search, warm: WarmStart, run: RunFolder, sa
         "origin": files.read_json(run.origin),
         "timing": {"trial_seconds": sum(each["seconds"] for each in records)},
     }
+    ledger.close()
     files.write_json(run.path / SUMMARY, summary)
-    return Swept(run.path, summary)
-
-
-def _tried(bench: Bench, search: Search, known: Sequence[Trial], path: Path) -> list[Record]:
-    """Every trial's record: those that `path` holds, then new ones, each appended as soon as it is known."""
-    records = files.read_records(path) if path.exists() else []
-    trials = [trial(each["number"], each) for each in records]
-    with progress.bar() as shown:
-        task = shown.add_task(f"sweep of {bench.method}", total=search.total, completed=len(trials), note="")
-        while (point := search.propose(trials, known)) is not None:
-            record = {"number": len(trials), "params": point, **bench.judged(point)}
-            files.append_record(path, record)
-            records.append(record)
-            trials.append(trial(record["number"], record))
-            best = ranked(trials)[:1]
-            shown.update(task, advance=1, note=f"best so far {best[0].values[0]:.3f}" if best else "")
-    return records
 
 
 def _line(number: int, record: Mapping[str, Any]) -> Record:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,12 +17,14 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from lorica import config
 from lorica.adapters.delta import LowRank
 from lorica.config import MergeConfig, SearchConfig, SweepConfig
-from lorica.errors import ConfigError
+from lorica.errors import ConfigError, NonFiniteLossError
 from lorica.evaluation.recovery import Interval, Recovery, summarise
 from lorica.merging.merge import Grams, Merged
 from lorica.merging.method import Update
-from lorica.runs.merge import judged_sources, settings, settle
-from lorica.runs.merge_evaluation import Arena, open_arena
+from lorica.runs.bodies import Bodies
+from lorica.runs.learned_merge import learn
+from lorica.runs.merge_evaluation import Arena, judged_sources, open_arenas
+from lorica.runs.settling import settings, settle
 from lorica.runs.sources import Source, resolve
 from lorica.studies.search import Bayes, Grid, Search
 from lorica.studies.space import Parameter, Point, Space, grid_points
@@ -36,11 +37,13 @@ class Bench:
     """Everything a point costs nothing of: it is here already."""
 
     cfg: SweepConfig
-    method: str
+    method: str  # or the optimizer that learns its coefficients
     sources: Sequence[Source]
     arenas: Sequence[Arena]
     headrooms: Mapping[str, Interval]  # of every task
     grams: Grams | None
+    bodies: Bodies
+    say: Console
 
     @property
     def left_out(self) -> list[str]:
@@ -52,7 +55,7 @@ class Bench:
         begin = time.monotonic()
         try:
             found = outcome(self._recoveries(point), self.cfg.constraint_nonnegative)
-        except (ConfigError, LinAlgError) as error:
+        except (ConfigError, LinAlgError, NonFiniteLossError) as error:
             found = _nothing(str(error))
         return {**found, "seconds": time.monotonic() - begin}
 
@@ -62,25 +65,30 @@ class Bench:
         names = search.grid if search.type == "grid" else search.space
         shared = ("merge_mode", "transforms", "lambda_policy", "model", "rank", "energy", "rank_budget", "split")
         dumped = cfg.model_dump(mode="json")
+        learned = {} if cfg.optimizer is None else {"optimizer": _without(dumped["optimizer"]["params"], names)}
         return {
             "method": self.method,
+            **learned,
             "method_params": {key: value for key, value in dumped["method_params"].items() if key not in names},
             "order": [each.name for each in self.sources],
-            "adapters": {each.name: each.as_record()["sha256"] for each in self.sources},
+            "adapters": {each.name: each.sha256 for each in self.sources},
             **{key: dumped[key] for key in (*shared, "eval_subset", "constraint_nonnegative")},
             "in_factors": cfg.save == "adapter",
-            "eval_tasks": {each.source.name: _digest(each) for each in self.arenas},
+            "eval_tasks": {each.source.name: each.digest for each in self.arenas},
             "space": dumped["search"]["grid" if search.type == "grid" else "space"],
         }
 
     def _recoveries(self, point: Point) -> list[Recovery]:
-        merge = settle(merge_at(self.cfg, point), self.sources, self.grams)
+        cfg = merge_at(self.cfg, point)
+        merge = settle(cfg, self.sources, self.grams, self.bodies)
+        if cfg.optimizer is not None:
+            merge, _ = learn(merge, cfg, self.sources, self.bodies, self.say)
         if self.cfg.save != "adapter":  # then updates may be dense, too large to be kept from task to task
             return [self._recovery(arena, merge.modules()) for arena in self.arenas]
         modules = list(merge.modules())
         _check_finite(modules)
         if all(_is_zero(each.update) for each in modules):  # the base model by construction
-            return [self._fixed(arena.recovered(arena.base)) for arena in self.arenas]
+            return [self._fixed(arena.recovered(arena.base.predictions)) for arena in self.arenas]
         return [self._recovery(arena, modules) for arena in self.arenas]
 
     def _recovery(self, arena: Arena, modules: Iterable[Merged]) -> Recovery:
@@ -105,10 +113,12 @@ def open_bench(cfg: SweepConfig, say: Console) -> Bench:
     judged_on = judged_sources(cfg, sources)
     for point in points:
         settings(merge_at(cfg, point), len(sources))
-    merge = settle(merge_at(cfg, points[0]), sources)
-    arenas = [open_arena(source, cfg, cfg.split) for source in judged_on]
-    headrooms = {each.source.name: each.recovered(each.base).headroom for each in arenas}
-    bench = Bench(cfg, merge.method.name, sources, arenas, headrooms, merge.grams or None)
+    bodies = Bodies(cfg.device, cfg.seed)
+    merge = settle(merge_at(cfg, points[0]), sources, bodies=bodies)
+    arenas = open_arenas(judged_on, cfg, cfg.split, bodies)
+    headrooms = {each.source.name: each.recovered(each.base.predictions).headroom for each in arenas}
+    method = merge.method.name if cfg.optimizer is None else cfg.optimizer.name
+    bench = Bench(cfg, method, sources, arenas, headrooms, merge.grams or None, bodies, say)
     if len(bench.left_out) == len(arenas):
         raise ConfigError(
             f"nothing to search for: on split={cfg.split} no adapter is surely better than the base, "
@@ -124,7 +134,7 @@ def search_of(cfg: SweepConfig) -> Search:
     search = _search_config(cfg)
     if search.type == "grid":
         return Grid(tuple(grid_points(search.grid)))
-    return Bayes(space_of(search), search.budget, search.init_points, search.seed)
+    return Bayes(space_of(search), search.budget, search.init_points, search.seed, search.acquisition)
 
 
 def space_of(search: SearchConfig) -> Space:
@@ -136,7 +146,10 @@ def space_of(search: SearchConfig) -> Space:
 
 
 def merge_at(cfg: SweepConfig, point: Point) -> MergeConfig:
-    """The merge at a point: a parameter is an option of the method, `weights.ADAPTER`, or `lambda_policy.KEY`."""
+    """The merge at a point.
+
+    A parameter is an option of the method, `weights.ADAPTER`, `lambda_policy.KEY`, or `optimizer.KEY`.
+    """
     tree = {key: value for key, value in cfg.model_dump(mode="json").items() if key in MergeConfig.model_fields}
     for name, value in point.items():
         first, *rest = name.split(".")
@@ -145,6 +158,10 @@ def merge_at(cfg: SweepConfig, point: Point) -> MergeConfig:
             _set(tree, ["lambda_policy", "weights", ".".join(rest)], name, value)
         elif first == "lambda_policy":
             _set(tree, [first, *rest], name, value)
+        elif first == "optimizer":
+            if cfg.optimizer is None:
+                raise ConfigError(f"search: {name} is an option of the optimizer, and there is none: give optimizer")
+            _set(tree, [first, "params", *rest], name, value)
         else:
             _set(tree, ["method_params", first, *rest], name, value)
     return config.check(MergeConfig, tree)
@@ -168,6 +185,11 @@ def outcome(found: Sequence[Recovery], nonnegative: bool) -> Record:
         "feasible": not below,
         "reason": f"below the base model on {', '.join(below)}" if below else None,
     }
+
+
+def _without(params: Record, names: Iterable[str]) -> Record:
+    """An optimizer's options that are not searched."""
+    return {key: value for key, value in params.items() if f"optimizer.{key}" not in names}
 
 
 def _set(tree: Record, keys: Sequence[str], name: str, value: Any) -> None:
@@ -209,9 +231,3 @@ def _is_zero(update: Update) -> bool:
     """Whether the update is zero for a factor of nothing but zeros; one that cancels is not looked for."""
     factors: tuple[Tensor, ...] = (update.A, update.B) if isinstance(update, LowRank) else (update,)
     return any(not bool(factor.any()) for factor in factors)
-
-
-def _digest(arena: Arena) -> Record:
-    """The examples that an arena holds, as the model sees them."""
-    text = "\n".join(map(repr, arena.rows))
-    return {"num_examples": len(arena.rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}

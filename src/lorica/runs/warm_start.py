@@ -13,10 +13,11 @@ from lorica.config import SearchConfig
 from lorica.errors import DataError, LoricaError, MissingPathError
 from lorica.runs.resuming import differing
 from lorica.runs.sweep_bench import space_of
+from lorica.studies.ledger import TRIALS
 from lorica.studies.search import Trial, ranked
 from lorica.studies.space import Space, key
 
-IDENTITY, TRIALS = "identity.json", "trials.jsonl"
+IDENTITY = "identity.json"
 VALUES = ("minimum", "mean")  # by which trials are ranked
 Record = Mapping[str, Any]
 
@@ -70,7 +71,9 @@ def warm_start(search: SearchConfig, identity: Record) -> WarmStart:
 def trial(number: int, record: Record) -> Trial:
     """A trial's line as the search sees it."""
     values = tuple(record[name][0] for name in VALUES if record[name] is not None)
-    return Trial(number, dict(record["params"]), values, bool(record["feasible"]))
+    deltas = {task: each["interference_delta"] for task, each in record["tasks"].items()}
+    parts = {task: delta[0] for task, delta in deltas.items() if delta is not None}
+    return Trial(number, dict(record["params"]), values, bool(record["feasible"]), parts)
 
 
 def _best(points: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:

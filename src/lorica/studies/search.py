@@ -6,16 +6,19 @@ resumed search proposes what the uninterrupted one does.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
 
 from lorica import randomness
-from lorica.studies.space import Parameter, Point, Space, key
+from lorica.errors import ConfigError
+from lorica.studies import composite, single
+from lorica.studies.space import Point, Space, key
 
+Acquisition = Literal["single", "composite"]
 TIE_WEIGHT = 1e-3  # of each further value in the one number that the surrogate models
 
 
@@ -27,6 +30,9 @@ class Trial:
     point: Point
     values: tuple[float, ...] = ()  # the higher the better, the first counts first; empty if nothing came of the point
     feasible: bool = True
+    parts: Mapping[str, float] = field(
+        default_factory=dict
+    )  # task -> value; the least of them is the first of `values`
 
     @property
     def counts(self) -> bool:
@@ -45,8 +51,13 @@ class Search(Protocol):
     def total(self) -> int:
         """How many trials there are at most."""
 
-    def propose(self, trials: Sequence[Trial], known: Sequence[Trial] = ()) -> Point | None:
-        """The point after `trials`, in their order; None at the end. `known` are trials of earlier searches."""
+    def propose(
+        self, trials: Sequence[Trial], known: Sequence[Trial] = (), pending: Sequence[Point] = ()
+    ) -> Point | None:
+        """The point after `trials`, in their order; None at the end.
+
+        `known` are trials of earlier searches, `pending` the points that others try at this moment.
+        """
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
@@ -64,40 +75,56 @@ class Grid:
     def total(self) -> int:
         return len(self.points)
 
-    def propose(self, trials: Sequence[Trial], known: Sequence[Trial] = ()) -> Point | None:
-        tried = {key(each.point) for each in trials}
+    def propose(
+        self, trials: Sequence[Trial], known: Sequence[Trial] = (), pending: Sequence[Point] = ()
+    ) -> Point | None:
+        tried = {key(point) for point in (*(each.point for each in trials), *pending)}
         return next((point for point in self.points if key(point) not in tried), None)
 
 
 @dataclass(frozen=True)
 class Bayes:
-    """Random points, then those of the largest log expected improvement under a Gaussian process.
+    """Random points, then those of the largest log expected improvement under Gaussian processes.
 
-    `known` trials stand for as many of the random points. No point is proposed twice.
-    Source: Optuna's GPSampler; Ament et al. 2023, arXiv 2310.20708.
+    `acquisition` is `single`, one process over the values as one number, or `composite`, one for each of the trials'
+    parts, and the improvement of the least of them. `known` trials stand for as many of the random points. No point is
+    proposed twice.
     """
 
     space: Space
     budget: int
     init_points: int
     seed: int
+    acquisition: Acquisition = "single"
 
     @property
     def total(self) -> int:
         listed = self.space.listed()
         return self.budget if listed is None else min(self.budget, len(listed))
 
-    def propose(self, trials: Sequence[Trial], known: Sequence[Trial] = ()) -> Point | None:
-        number = len(trials)
+    def propose(
+        self, trials: Sequence[Trial], known: Sequence[Trial] = (), pending: Sequence[Point] = ()
+    ) -> Point | None:
+        number = len(trials) + len(pending)
         if number >= self.budget:
             return None
-        told = [*known, *trials]
-        if len(told) < self.init_points:
+        if len(known) + number < self.init_points:
             point = self.space.spread(number, self.init_points, self.seed)
         else:
-            point = _improving(self.space, told, randomness.key(self.seed, "surrogate", number) % 2**31)
-        tried = {key(each.point) for each in told}
+            point = self._improving([*known, *trials], pending, number)
+        tried = {key(each) for each in (*(each.point for each in (*known, *trials)), *pending)}
         return point if key(point) not in tried else self._untried(tried, number)
+
+    def _improving(self, trials: Sequence[Trial], pending: Sequence[Point], number: int) -> Point:
+        seed = randomness.key(self.seed, "surrogate", number) % 2**31
+        points = [*(each.point for each in trials), *pending]
+        values = told(trials, len(pending), _rows(trials, self.acquisition))
+        if self.acquisition == "single":
+            return single.improving(self.space, points[: len(values)], values[:, 0], seed)
+        if not len(values):
+            return self.space.drawn(self.seed, "nothing known", number)
+        best = max((each.values[0] for each in trials if each.counts), default=float(values.min(axis=1).max()))
+        return composite.improving(self.space, points, values, best, seed)
 
     def _untried(self, tried: set[str], number: int) -> Point | None:
         """A random point that was not tried; None if there is none left."""
@@ -109,77 +136,36 @@ class Bayes:
         return next((point for point in attempts if key(point) not in tried), None)
 
 
-def _improving(space: Space, trials: Sequence[Trial], seed: int) -> Point:
-    """The point of the largest log expected improvement on `trials`; a random one where they say nothing."""
-    import optuna
+def told(trials: Sequence[Trial], num_pending: int, rows: np.ndarray) -> np.ndarray:
+    """What the surrogates are told of the trials and then of the pending points: finite, or nothing at all.
 
-    told = _told(trials)
-    distributions = {each.name: _distribution(each) for each in space.parameters}
-    with _quiet():
-        # One random point is the sampler's own least; with fewer it has nothing to fit.
-        study = optuna.create_study(
-            direction="maximize", sampler=optuna.samplers.GPSampler(seed=seed, n_startup_trials=1)
-        )
-        study.add_trials(
-            [
-                optuna.trial.create_trial(params=_encoded(space, point), distributions=distributions, value=value)
-                for point, value in told
-            ]
-        )
-        found = study.ask(distributions).params
-    return {
-        each.name: each.choices[found[each.name]] if each.kind == "categorical" else found[each.name]
-        for each in space.parameters
-    }
-
-
-def _told(trials: Sequence[Trial]) -> list[tuple[Point, float]]:
-    """What the surrogate is told of each point: a finite number, and of an infeasible one none better than the worst.
-
-    So an infeasible point repels although the surrogate knows no constraints, and NaN and infinity never reach it: the
-    sampler takes an infinity without a word and is of no use afterwards.
+    `rows` (trials, columns) are what came of the trials, NaN where nothing did. An infeasible point is told to be no
+    better than the worst that counts: so it repels although a surrogate knows no constraints. One of which nothing came
+    is as bad as any. A pending one is average, so that a second worker looks elsewhere. NaN and infinity never reach a
+    surrogate: Optuna takes an infinity without a word and is of no use afterwards.
     """
-    scored = [(each, sum(value * TIE_WEIGHT**place for place, value in enumerate(each.values))) for each in trials]
-    worst = min((value for each, value in scored if each.counts), default=math.inf)
-    lowest = min((value for each, value in scored if each.is_finite), default=math.nan)
-    told = []
-    for each, value in scored:
-        if not each.counts:
-            value = min(value, worst) if each.is_finite else lowest
-        if math.isfinite(value):
-            told.append((each.point, value))
-    return told
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.any():
+        return rows[:0]
+    counted = finite & np.array([each.counts for each in trials])
+    worst = rows[counted].min() if counted.any() else math.inf
+    rows = np.where((finite & ~counted)[:, None], np.minimum(rows, worst), rows)
+    rows = np.where(finite[:, None], rows, rows[finite].min(axis=0))
+    return np.concatenate([rows, np.tile(rows.mean(axis=0), (num_pending, 1))])
 
 
-def _encoded(space: Space, point: Point) -> dict[str, Any]:
-    """The point as Optuna has it: a choice by its place, for a choice may be a list, and 1 and true are two."""
-    return {
-        each.name: each.choices.index(point[each.name]) if each.kind == "categorical" else point[each.name]
-        for each in space.parameters
-    }
+def _rows(trials: Sequence[Trial], acquisition: Acquisition) -> np.ndarray:
+    """(trials, columns): the values as one number, or each part's; NaN where nothing came of the point."""
+    if acquisition == "single":
+        return np.array([[_scalar(each)] for each in trials]).reshape(len(trials), 1)
+    names = next((tuple(each.parts) for each in trials if each.is_finite), None)
+    if names is None:
+        return np.full((len(trials), 1), math.nan)
+    if not names or any(set(each.parts) != set(names) for each in trials if each.is_finite):
+        raise ConfigError("search.acquisition=composite needs the same tasks' values of every trial: take single")
+    return np.array([[each.parts.get(name, math.nan) for name in names] for each in trials])
 
 
-def _distribution(parameter: Parameter) -> Any:
-    from optuna import distributions
-
-    if parameter.kind == "categorical":
-        return distributions.CategoricalDistribution(range(len(parameter.choices)))
-    low, high = parameter.range
-    if parameter.kind == "int":
-        return distributions.IntDistribution(int(low), int(high))
-    return distributions.FloatDistribution(low, high, log=parameter.kind == "log")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Optuna tells of every study it makes and calls the sampler experimental; neither is for whoever waits."""
-    import optuna
-
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)
+def _scalar(trial: Trial) -> float:
+    scalar = sum(value * TIE_WEIGHT**place for place, value in enumerate(trial.values))
+    return scalar if trial.is_finite else math.nan

@@ -88,6 +88,15 @@ class Parameter:
             return min(high, max(low, math.exp(math.log(low) + share * (math.log(high) - math.log(low)))))
         return low + share * (high - low)
 
+    def coordinates(self, value: Any) -> list[float]:
+        """`value` where points have distances: its share of the way, in [0, 1]; of a choice, a 1 at its place."""
+        if self.kind == "categorical":
+            return [float(place == self.choices.index(value)) for place in range(len(self.choices))]
+        low, high = self.range
+        if self.kind == "log":
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return [(value - low) / (high - low)]
+
     def holds(self, value: Any) -> bool:
         """Whether `value`, from a file, is one of the parameter's."""
         if self.kind == "categorical":
@@ -121,6 +130,14 @@ class Space:
     def __post_init__(self) -> None:
         if not self.parameters:
             raise ConfigError("search.space is empty: name at least one parameter")
+
+    def at(self, shares: Sequence[float]) -> Point:
+        """The point at a share, in [0, 1), of every parameter's way."""
+        return {each.name: each.at(share) for each, share in zip(self.parameters, shares, strict=True)}
+
+    def coordinates(self, point: Point) -> list[float]:
+        """The point where points have distances."""
+        return [number for each in self.parameters for number in each.coordinates(point[each.name])]
 
     def corners(self) -> list[Point]:
         """Every combination of ends, or, where those are too many, each parameter's ends with the others at a first."""

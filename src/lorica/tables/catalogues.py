@@ -9,11 +9,14 @@ from lorica.errors import UnknownNameError
 from lorica.plugins import Catalogue
 from lorica.tables.cells import columns
 
-LISTS = ("tasks", "methods", "transforms", "flags", "keys")
+LISTS = ("tasks", "methods", "transforms", "optimizers", "flags", "keys")
 
 
 def listing(what: str) -> Table:
-    """What there is under a name: `tasks`, merge `methods`, `transforms`, older tools' `flags`, or config `keys`."""
+    """What there is under a name.
+
+    `tasks`, merge `methods`, `transforms`, `optimizers` of coefficients, older tools' `flags`, or config `keys`.
+    """
     if what == "tasks":
         catalogue = Catalogue("lorica.tasks.catalog", "task")
         return columns(("task", "what it asks"), [(name, catalogue.summary(name)) for name in catalogue.names()])
@@ -21,6 +24,10 @@ def listing(what: str) -> Table:
         return _plugins(Catalogue("lorica.merging.methods", "merge method"), "merge")
     if what == "transforms":
         return _plugins(Catalogue("lorica.merging.transforms", "transform"), "transform")
+    if what == "optimizers":
+        learners = _plugins(Catalogue("lorica.merging.learned", "coefficient optimizer"), "learn")
+        learners.caption = "the options that they share (variant, steps, learning_rate, ...) are in docs/merging.md"
+        return learners
     if what == "flags":
         return columns(("flag", "sets"), [(f"--{name}", _meaning(flag)) for name, flag in config.FLAGS.items()])
     if what == "keys":

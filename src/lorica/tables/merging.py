@@ -26,6 +26,9 @@ def merged(done: MergedRun) -> list[Table | str]:
     record = done.as_record()
     form = f"rank {record['max_rank']}" if record["max_rank"] else "dense"
     said: list[Table | str] = [f"{done.method}: {record['num_modules']} modules, {form}, {_lost(record)}"]
+    if done.learning:
+        found = ", ".join(f"{name} {value:.3f}" for name, value in done.learning["mean_coefficients"].items())
+        said.append(f"coefficients learned by {record['optimizer']} ({done.learning['stopped']}), in the mean: {found}")
     if record["distance"] is not None:
         said.append(f"the mean of factors lies up to {record['distance']:.3f} from the exact merge (worst module)")
     if done.dropped:

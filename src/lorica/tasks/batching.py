@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,19 @@ class ChoiceBatch:
 
 
 Batch = HeadBatch | ChoiceBatch
+
+
+def mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with `function` of each of its tensors: on another device, in pinned memory, repeated for branches."""
+    inputs = {name: function(tensor) for name, tensor in batch.inputs.items()}
+    if isinstance(batch, HeadBatch):
+        return HeadBatch(inputs, function(batch.labels))
+    return replace(batch, inputs=inputs, targets=function(batch.targets), labels=function(batch.labels))
+
+
+def repeated(batch: Batch, count: int) -> Batch:
+    """The batch's rows `count` times one after the other, for as many branches of one forward pass."""
+    return mapped(batch, lambda tensor: tensor.repeat(count, *(1,) * (tensor.dim() - 1)))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""How the coefficients of a merge are fitted to its tasks."""
