@@ -99,7 +99,7 @@ def test_every_round_has_a_fresh_optimizer_over_its_own_booster(
 
     monkeypatch.setattr(round_trainer, "update_rule", recorded)
     words = ("max_steps=9", "boosting.steps_per_iteration=3", "optimizer=momentum", f"trainer={trainer}")
-    run = train(data, tmp_path / "run", "adapter.kind=xgblora", *words)
+    run = train(data, tmp_path / "run", "adapter.kind=xgblora", "boosting.train_factors=both", *words)
     assert len(made) == 3 and len({id(optimizer) for _, optimizer in made}) == 3
     base = models.load("demo", kind="causal")
     targets = models.target_modules(base, "standard")

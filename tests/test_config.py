@@ -47,7 +47,7 @@ def test_mezo_style_line_means_what_it_meant() -> None:
         "--output_dir OUT --seed 3 --eval_steps 2 --train_set_seed 1 --max_length 64 --train_as_classification"
     )
     cfg = read(*words.split())
-    assert (cfg.model.name, cfg.model.dtype, cfg.task.name, cfg.trainer) == ("M", "bfloat16", "SST2", "spsa")
+    assert (cfg.model.name, cfg.model.dtype, cfg.task.name, cfg.trainer) == ("M", "bfloat16", "SST2", "zo")
     assert (cfg.adapter.rank, cfg.adapter.alpha, cfg.learning_rate) == (4, 16, 1e-5)
     assert (cfg.zo.epsilon, cfg.zo.num_directions, cfg.max_steps, cfg.seed) == (1e-3, 5, 7, 3)
     assert (cfg.task.num_train, cfg.task.num_dev, cfg.task.num_eval, cfg.task.max_length) == (10, 5, 6, 64)
@@ -71,7 +71,7 @@ def test_every_flag_sets_a_key_that_there_is() -> None:
         (["adapter.rank=many"], ConfigError, ["adapter.rank", "many", "integer"]),
         (["adapter.rank=0"], ConfigError, ["adapter.rank=0", "greater than or equal to 1"]),
         (["learning_rate=nan"], ConfigError, ["learning_rate", "nan"]),
-        (["trainer=sgd"], ConfigError, ["trainer", "backprop", "spsa"]),
+        (["trainer=sgd"], ConfigError, ["trainer", "backprop", "zo"]),
         (["adapter.init=gaussian"], ConfigError, ["adapter.init_std"]),
         (["--lora_r"], ConfigError, ["--lora_r", "needs a value"]),
         (["no_such.yaml"], MissingPathError, ["no_such.yaml"]),

@@ -37,6 +37,7 @@ BASE = {
     "learning_rate": "1e-2",
     "adapter.dropout": "0.1",
 }
+BRANCHES = {"spsa": {"zo.branches": "2"}}  # auto goes by the clock, and two runs may choose otherwise
 KINDS = {
     "lora": {"adapter.rank": "2"},
     "xgblora": {"adapter.kind": "xgblora", "boosting.steps_per_iteration": "8"},
@@ -64,7 +65,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words_for(data: Path, folder: Path, kind: str, trainer: str, **more: str) -> list[str]:
-    given = {**BASE, **KINDS[kind], "trainer": trainer, **more}
+    given = {**BASE, **KINDS[kind], "trainer": trainer, **BRANCHES.get(trainer, {}), **more}
     return [*(f"{key}={value}" for key, value in given.items()), f"task.path={data / 'topic'}", f"output_dir={folder}"]
 
 

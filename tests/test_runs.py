@@ -249,7 +249,7 @@ def test_the_demo_runs_and_prints_its_folder_last(tmp_path: Path, capsys: pytest
     assert printed.strip().splitlines()[-1] == str(tmp_path / "demo")
     assert "average of all four" in printed.replace("\n", " ") or "average" in printed
     trained = {each.parent.name for each in (tmp_path / "demo").glob("*/adapter")}
-    assert trained == {*(f"{task}-backprop" for task in language.TASKS), f"{command.BOTH_WAYS}-spsa"}
+    assert trained == {*(f"{task}-backprop" for task in language.TASKS), f"{command.BOTH_WAYS}-zo"}
 
 
 @pytest.mark.parametrize("trainer", ["backprop", "spsa"])

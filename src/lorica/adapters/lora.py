@@ -14,9 +14,9 @@ from lorica.errors import ShapeError
 class LoraLinear(nn.Module):
     """A module that maps (..., in) to (..., out), and the update laid beside it.
 
-    A is (r, in) and B (out, r). Replaced by (G, r, in) and (G, out, r) through `torch.func.functional_call`, they are G
-    branches: the first dimension of x then holds the G branches' rows one after the other, the base's product is taken
-    once over all of them, and each branch adds its own update. Nothing is written to do so.
+    A is (r, in) and B (out, r). Replaced by (G, r, in), (G, out, r) or both through `torch.func.functional_call`, they
+    are G branches: the first dimension of x then holds the G branches' rows one after the other, the base's product is
+    taken once over all of them, and each branch adds its own update. Nothing is written to do so.
     """
 
     def __init__(self, base: nn.Module, update: LowRank, dropout: float = 0.0) -> None:
@@ -32,7 +32,7 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         rows = self.dropout(x.float()).reshape(-1, x.shape[-1])  # (n, in)
-        if self.A.dim() == 3:
+        if self.A.dim() == 3 or self.B.dim() == 3:
             return _added_per_branch(y, rows, self.A, self.B, self.scale)
         low = rows @ self.A.T  # (n, r)
         flat = y.reshape(-1, y.shape[-1])
@@ -91,9 +91,10 @@ def innermost(module: nn.Module) -> nn.Module:
 
 
 def _added_per_branch(y: Tensor, rows: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    num_branches = A.shape[0]
+    num_branches = len(A) if A.dim() == 3 else len(B)
     if y.shape[0] % num_branches or rows.shape[0] % num_branches:
         raise ShapeError(f"{y.shape[0]} rows cannot be shared out to {num_branches} branches")
+    A, B = A.expand(num_branches, -1, -1), B.expand(num_branches, -1, -1)
     low = torch.bmm(rows.view(num_branches, -1, rows.shape[-1]), A.transpose(1, 2))  # (G, n/G, r)
     flat = y.reshape(num_branches, -1, y.shape[-1])
     if y.dtype == torch.float32:

@@ -18,7 +18,7 @@ class Flag:
 FLAGS: dict[str, Flag] = {
     "model_name": Flag("model.name"),
     "task_name": Flag("task.name"),
-    "trainer": Flag("trainer", words={"regular": "backprop", "zo": "spsa"}),
+    "trainer": Flag("trainer", words={"regular": "backprop"}),
     "lora": Flag("adapter.kind", constant="lora"),
     "lora_r": Flag("adapter.rank"),
     "lora_alpha": Flag("adapter.alpha"),

@@ -83,8 +83,32 @@ class BoostingConfig(Section):
 
 
 class ZerothOrderConfig(Section):
-    epsilon: float = Field(1e-3, gt=0)
-    num_directions: int = Field(1, ge=1)
+    """How trainer=zo estimates gradients from forward passes alone."""
+
+    estimator: Literal["spsa", "one_sided", "forward_gradient"] = Field(
+        "spsa", description="two probes a direction; one, against the mean of the others; the exact slope"
+    )
+    epsilon: float = Field(1e-3, gt=0, description="how far a probe goes along its direction")
+    num_directions: int = Field(
+        1, ge=1, description="directions a step; the gradient is the mean of slope times direction"
+    )
+    distribution: Literal["gaussian", "rademacher"] = "gaussian"
+    train: Literal["auto", "both", "B"] = Field(
+        "auto", description="factors that are trained; auto: B, since probing A says nothing while B is zero"
+    )
+    space: Literal["parameter", "update"] = Field(
+        "parameter", description="units of epsilon and learning_rate; update: those of the weights' change"
+    )
+    normalize: Literal["none", "std", "rms"] = Field(
+        "none", description="divide slopes by the spread of the step's losses, or by their running root mean square"
+    )
+    clip: float | None = Field(None, gt=0, description="cut a slope at so many medians of the last slopes' magnitudes")
+    objective: Literal["loss", "accuracy", "macro_f1"] = Field(
+        "loss", description="what is trained for; no gradient needed"
+    )
+    branches: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="probes that one forward pass takes; auto: what is fastest"
+    )
 
 
 def name_alone(value: Any) -> Any:
@@ -103,14 +127,14 @@ class TrainConfig(Section):
     task: Task = TaskConfig()
     adapter: AdapterConfig = AdapterConfig()
     boosting: BoostingConfig = BoostingConfig()
-    trainer: Literal["backprop", "spsa"] = "backprop"
+    trainer: Literal["backprop", "zo"] = Field("backprop", description="zo: forward passes alone, see the keys zo.*")
     zo: ZerothOrderConfig = ZerothOrderConfig()
     train_as: Literal["auto", "classification", "lm"] = "auto"
-    optimizer: Literal["adamw", "sgd", "momentum"] | None = Field(None, description="None: adamw, or sgd under spsa")
-    learning_rate: float | None = Field(None, ge=0, description="None: 1e-3, or 1e-4 under spsa")
+    optimizer: Literal["adamw", "sgd", "momentum"] | None = Field(None, description="None: adamw, or sgd under zo")
+    learning_rate: float | None = Field(None, ge=0, description="None: 1e-3, or 1e-4 under zo")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm; None: no clipping")
-    schedule: Literal["constant", "linear", "cosine"] | None = Field(None, description="None: linear; spsa constant")
+    schedule: Literal["constant", "linear", "cosine"] | None = Field(None, description="None: linear; zo constant")
     warmup: float = Field(0.0, ge=0, description="below 1 a fraction of the steps, from 1 on a number of steps")
     batch_size: int = Field(16, ge=1)
     eval_batch_size: int = Field(64, ge=1)
@@ -129,6 +153,18 @@ class TrainConfig(Section):
     resume: str | None = Field(None, description="a run folder: go on from its newest checkpoint, with its config")
     force: bool = Field(False, description="resume although config, model or data have changed")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _spsa_is_an_estimator(cls, tree: Any) -> Any:
+        """`trainer: spsa` is short for `trainer: zo, zo.estimator: spsa`."""
+        if not isinstance(tree, dict) or tree.get("trainer") != "spsa":
+            return tree
+        zo = tree.get("zo") or {}
+        estimator = zo.get("estimator", "spsa") if isinstance(zo, dict) else "spsa"
+        if estimator != "spsa":
+            raise ValueError(f"trainer=spsa and zo.estimator={estimator} contradict each other: use trainer=zo")
+        return {**tree, "trainer": "zo"}
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         if self.max_steps is not None and self.num_epochs is not None:
@@ -145,9 +181,23 @@ class TrainConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _zeroth_order_is_used(self) -> TrainConfig:
+        unused = sorted(self.zo.model_fields_set) if self.trainer == "backprop" else []
+        if unused and self.zo != ZerothOrderConfig():
+            raise ValueError(f"zo.{unused[0]} is set, and trainer=backprop takes no probes: add trainer=zo, or drop it")
+        return self
+
+    @model_validator(mode="after")
+    def _zeroth_order_fits(self) -> TrainConfig:
+        mistakes = _zeroth_order_mistakes(self) if self.trainer == "zo" else []
+        if mistakes:
+            raise ValueError(mistakes[0])
+        return self
+
     def resolved(self) -> TrainConfig:
         """The same config with every default that depends on another key filled in."""
-        zeroth_order, boosted = self.trainer == "spsa", self.adapter.kind == "xgblora"
+        zeroth_order, boosted = self.trainer == "zo", self.adapter.kind == "xgblora"
         rank = self.adapter.rank or (1 if boosted else 8)
         alpha = self.adapter.alpha or (1.0 if boosted else 2.0) * rank
         steps = 1000 if self.max_steps is None and self.num_epochs is None else self.max_steps
@@ -158,8 +208,71 @@ class TrainConfig(Section):
                 "learning_rate": (1e-4 if zeroth_order else 1e-3) if self.learning_rate is None else self.learning_rate,
                 "max_steps": steps,
                 "adapter": self.adapter.model_copy(update={"rank": rank, "alpha": alpha}),
+                **(self._factors() if zeroth_order else {}),
             }
         )
+
+    def _factors(self) -> dict[str, Any]:
+        """The sections that say which factors trainer=zo trains, in agreement."""
+        asked = self.boosting.train_factors if "train_factors" in self.boosting.model_fields_set else "B"
+        factors = asked if self.zo.train == "auto" else self.zo.train
+        boosted = self.adapter.kind == "xgblora"
+        boosting = self.boosting.model_copy(update={"train_factors": factors}) if boosted else self.boosting
+        return {"zo": self.zo.model_copy(update={"train": factors}), "boosting": boosting}
+
+
+def _zeroth_order_mistakes(cfg: TrainConfig) -> list[str]:
+    """What contradicts itself, or would do nothing, under trainer=zo."""
+    zo, in_update_space = cfg.zo, cfg.zo.space == "update"
+    exact = zo.estimator == "forward_gradient"
+    factors = cfg.boosting.train_factors if "train_factors" in cfg.boosting.model_fields_set else zo.train
+    rules = [
+        (
+            cfg.base_dropout,
+            "base_dropout=true under trainer=zo: two probes would differ by their dropout; drop it",
+        ),
+        (
+            zo.estimator == "one_sided" and zo.num_directions < 2,
+            "zo.estimator=one_sided needs zo.num_directions=2 or more: a probe's baseline is the mean of the others",
+        ),
+        (
+            exact and zo.objective != "loss",
+            f"zo.objective={zo.objective} has no slope to differentiate: use zo.estimator=spsa or one_sided",
+        ),
+        (
+            exact and zo.epsilon != ZerothOrderConfig().epsilon,
+            f"zo.epsilon={zo.epsilon:g} does nothing under zo.estimator=forward_gradient, which is exact: drop it",
+        ),
+        (
+            exact and zo.branches != "auto",
+            f"zo.branches={zo.branches} does nothing under zo.estimator=forward_gradient, which has no probes: drop it",
+        ),
+        (
+            exact and zo.normalize == "std",
+            "zo.normalize=std is the spread of probes, which zo.estimator=forward_gradient does not take: use rms",
+        ),
+        (
+            zo.objective != "loss" and cfg.train_as == "lm",
+            f"zo.objective={zo.objective} compares all options, and train_as=lm sees the gold one: drop one of them",
+        ),
+        (
+            in_update_space and cfg.optimizer == "adamw",
+            "zo.space=update needs optimizer=sgd or momentum: adamw divides the units out again",
+        ),
+        (
+            in_update_space and cfg.max_grad_norm is not None,
+            "max_grad_norm is a norm in the parameters' units: under zo.space=update use zo.clip",
+        ),
+        (
+            (in_update_space or zo.normalize != "none") and cfg.learning_rate is None,
+            "learning_rate has no default under zo.space=update or zo.normalize, which change its units: give one",
+        ),
+        (
+            cfg.adapter.kind == "xgblora" and zo.train not in ("auto", factors),
+            f"zo.train={zo.train} and boosting.train_factors={factors} contradict each other: drop one of them",
+        ),
+    ]
+    return [mistake for made, mistake in rules if made]
 
 
 class EvaluateConfig(Section):

@@ -39,7 +39,7 @@ def run(words: list[str], out: Console, say: Console) -> None:
     language.write_tasks(folder / "data")
     tasks = list(language.TASKS)
     singles = {task: runs.train(_training(given, folder, task, "backprop"), say) for task in tasks}
-    by_spsa = runs.train(_training(given, folder, BOTH_WAYS, "spsa"), say)
+    by_spsa = runs.train(_training(given, folder, BOTH_WAYS, "zo"), say)
     average = _average(folder, list(singles.values()))
     rows = [
         Row(task, _evaluated(folder, task, None), singles[task], _evaluated(folder, task, average)) for task in tasks
@@ -51,7 +51,7 @@ def run(words: list[str], out: Console, say: Console) -> None:
 
 
 def _training(given: DemoConfig, folder: Path, task: str, trainer: str) -> TrainConfig:
-    zeroth_order = trainer == "spsa"
+    zeroth_order = trainer == "zo"
     return config.check(
         TrainConfig,
         {
@@ -60,7 +60,7 @@ def _training(given: DemoConfig, folder: Path, task: str, trainer: str) -> Train
             "trainer": trainer,
             "learning_rate": given.spsa_learning_rate if zeroth_order else given.learning_rate,
             "max_steps": given.spsa_steps if zeroth_order else given.steps,
-            "zo": {"epsilon": given.epsilon},
+            "zo": {"epsilon": given.epsilon} if zeroth_order else {},
             "seed": given.seed,
             "logging_steps": max(1, (given.spsa_steps if zeroth_order else given.steps) // 4),
             "output_dir": str(folder / f"{task}-{trainer}"),

@@ -14,11 +14,17 @@ from lorica.tasks.objectives import LossModule
 
 @dataclass(frozen=True)
 class Estimate:
-    """What came of filling the gradients: the loss, how many forward passes it took, the projected gradients if any."""
+    """What came of filling the gradients: the loss, and how many forward passes it took.
+
+    Of a zeroth-order estimate also, for each direction, the measured slope (NaN where its loss was not finite) and the
+    float32 weight that the direction has in the gradient, and how many directions were left out.
+    """
 
     loss: float
     num_forwards: int
     projected: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
+    num_left_out: int = 0
 
 
 class Estimator(Protocol):

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorica import randomness
 from lorica.optim.backprop import Estimate
+from lorica.optim.directions import Directions, flat_size, sliced
+from lorica.optim.probes import Probing
+from lorica.optim.scaling import Scaling
+from lorica.optim.slopes import MEASURES, Around, Slopes, SlopesName
 from lorica.tasks.batching import Batch
 from lorica.tasks.objectives import LossModule
 
 
-@dataclass(frozen=True)
-class Spsa:
-    """Two-sided SPSA (Spall 1992; MeZO, arXiv 2305.17333): g = (L(θ+εz) − L(θ−εz)) / 2ε, gradient g·z.
+@dataclass
+class ZerothOrder:
+    """The estimator that weighs random directions by the slope of the loss along them: ∇̂ = mean of g_i·z_i.
 
-    With several directions the gradient is the mean of g_i·z_i. z of (step, direction) is one flat Gaussian draw keyed
-    by (seed, step, direction), and a parameter's part is a slice of it. The losses are taken at θ ± εz by a functional
-    call: the parameters themselves are only read. The loss of a step is the mean of its probes'.
+    A direction whose loss is not finite is left out of the mean; where all are, the loss is NaN and so the step is not
+    applied. The loss of a step is the mean of its finite probes'. `scales` (n,) lays coordinates over the parameters
+    (`coordinates.update_scales`): probes are taken at θ ± ε·scales·z, and plain SGD then steps in the coordinates.
     """
 
-    epsilon: float
-    num_directions: int = 1
-    seed: int = 0
+    estimator: SlopesName = "spsa"
+    epsilon: float = 1e-3
+    directions: Directions = field(default_factory=Directions)
+    scaling: Scaling = field(default_factory=Scaling)
+    scales: Tensor | None = None
+    probing: Probing = field(default_factory=Probing)
 
     def __call__(
         self,
@@ -35,42 +42,41 @@ class Spsa:
         batches: Sequence[Batch],
         step: int,
     ) -> Estimate:
-        size = sum(parameter.numel() for parameter in trainable.values())
-        gradient = torch.zeros(size)
-        losses, projected = [], []
-        for direction in range(self.num_directions):
-            z = randomness.normals(self.seed, "perturbation", step, direction, size=size)
-            plus = self._loss(objective, trainable, batches, z, self.epsilon)
-            minus = self._loss(objective, trainable, batches, z, -self.epsilon)
-            projected.append((plus - minus) / (2 * self.epsilon))
-            losses += [plus, minus]
-            gradient += z * (projected[-1] / self.num_directions)
-        for parameter, part in zip(trainable.values(), sliced(gradient, trainable), strict=True):
+        moves = self._moves(step, trainable)  # (K, n)
+        found = MEASURES[self.estimator](Around(objective, trainable, batches, self.probing), moves, self.epsilon)
+        weights = self._weights(found)
+        for parameter, part in zip(trainable.values(), sliced(weighed(weights, moves), trainable), strict=True):
             parameter.grad = part
-        num_forwards = 2 * self.num_directions * len(batches)
-        return Estimate(math.fsum(losses) / len(losses), num_forwards, tuple(projected))
+        num_left_out = len(found.slopes) - len(found.usable)
+        loss = math.fsum(found.finite_losses) / len(found.finite_losses) if found.usable else math.nan
+        return Estimate(loss, found.num_forwards, tuple(found.slopes), weights, num_left_out)
 
-    @torch.no_grad()
-    def _loss(
-        self,
-        objective: LossModule,
-        trainable: Mapping[str, nn.Parameter],
-        batches: Sequence[Batch],
-        z: Tensor,
-        step_size: float,
-    ) -> float:
-        """The mean loss over the batches at θ + step_size·z."""
-        moved = {
-            name: torch.add(parameter, part, alpha=step_size)
-            for (name, parameter), part in zip(trainable.items(), sliced(z, trainable), strict=True)
-        }
-        return math.fsum(float(objective.loss_at(moved, batch)) for batch in batches) / len(batches)
+    def _moves(self, step: int, trainable: Mapping[str, nn.Parameter]) -> Tensor:
+        """(K, n): where each direction leads, in the parameters' own units."""
+        moves = self.directions(step, flat_size(trainable)).to(next(iter(trainable.values())).device)
+        return moves if self.scales is None else moves.mul_(self.scales)
+
+    def _weights(self, found: Slopes) -> tuple[float, ...]:
+        """Each direction's coefficient in the gradient, in float32 as it is applied; 0 where it is left out."""
+        weights = torch.zeros(len(found.slopes))
+        if found.usable:
+            scaled = self.scaling([found.slopes[place] for place in found.usable], found.finite_losses, self.epsilon)
+            weights[found.usable] = torch.tensor([slope / len(scaled) for slope in scaled])
+        return tuple(weights.tolist())
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a checkpoint must keep, as JSON takes it."""
+        return {"scaling": self.scaling.state(), "probing": self.probing.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put a kept state back."""
+        self.scaling.restore(state["scaling"])
+        self.probing.restore(state["probing"])
 
 
-def sliced(flat: Tensor, parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
-    """The parts of a flat (n,) tensor that belong to each parameter, in its shape and on its device."""
-    sizes = [parameter.numel() for parameter in parameters.values()]
-    parts = torch.split(flat, sizes)
-    return [
-        part.view_as(parameter).to(parameter.device) for part, parameter in zip(parts, parameters.values(), strict=True)
-    ]
+def weighed(weights: Sequence[float], moves: Tensor) -> Tensor:
+    """(n,) the sum of weights times moves (K, n), added up in order: the same bits whatever the threads."""
+    gradient = torch.zeros_like(moves[0])
+    for weight, move in zip(weights, moves, strict=True):
+        gradient.add_(move, alpha=weight)
+    return gradient

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -163,6 +163,7 @@ class Learning:
     def _single(self, trainer: RoundTrainer) -> Adapter | None:
         """Plain LoRA: one round that nothing ends but the last step, and nothing is laid on."""
         live = injection.inject(self.ready.base.model, self.first, self.cfg.adapter.dropout)
+        live.train_only(self._factors)
         rule = EverySteps(self.num_steps + 1)
         reason = trainer(Round(0, 0, live, rule, self.first))
         return None if reason == INTERRUPTED else injection.extract(live)
@@ -182,7 +183,7 @@ class Learning:
             progress=self.progress,
             shrinkage=boosting.shrinkage,
             dropout=self.cfg.adapter.dropout,
-            train_factors=boosting.train_factors,
+            train_factors=self._factors,
             probe=self._probe if boosting.judge == "probe" else None,
             probe_k=boosting.probe_k,
             on_round=self._tell_round,
@@ -196,6 +197,11 @@ class Learning:
         )
         injection.inject(base.model, adapter)
         return adapter
+
+    @property
+    def _factors(self) -> Literal["both", "B"]:
+        """The factors that are trained; the two sections that say so agree where both do."""
+        return "B" if "B" in (self.cfg.zo.train, self.cfg.boosting.train_factors) else "both"
 
     def rule(self) -> RoundRule:
         """The round rule in force."""
@@ -250,7 +256,9 @@ class Learning:
     def _headline(self) -> str:
         cfg, ready = self.cfg, self.ready
         assert cfg.adapter.rank is not None and cfg.adapter.alpha is not None
-        count = self.first.num_parameters()
+        updates = self.first.updates.values()
+        frozen = sum(update.A.numel() for update in updates) if self._factors == "B" else 0
+        count = self.first.num_parameters() - frozen
         total = sum(parameter.numel() for parameter in ready.base.model.parameters())
         sizes = ", ".join(f"{len(examples)} {split}" for split, examples in self.rows.items())
         scale = cfg.adapter.alpha / cfg.adapter.rank
@@ -258,15 +266,19 @@ class Learning:
         lines = [
             f"{ready.task.name} ({ready.task.kind}; {sizes}) on {cfg.model.name} ({cfg.model.dtype}, {ready.device})",
             f"{cfg.adapter.kind} by {cfg.trainer}: rank {cfg.adapter.rank}, alpha {cfg.adapter.alpha:g}, "
-            f"scale {scale:g} on {len(self.first.updates)} modules; {share}",
+            f"scale {scale:g} on {len(self.first.updates)} modules; {share}{'; A stays as drawn' if frozen else ''}",
         ]
         if cfg.adapter.kind == "xgblora":
             judged = "" if cfg.boosting.judge == "none" else f"; judged on {len(self.probe_rows)} held-out examples"
             lines.append(f"rounds: {self.rule().described()}{judged}")
-        if cfg.trainer == "spsa" and scale > 4:
+        if cfg.trainer == "zo" and cfg.zo.space == "parameter" and scale > 4:
             lines.append(
-                f"warning: alpha/rank = {scale:g} under spsa: a step in weight space grows with its square, and "
-                f"large ones diverge; alpha={cfg.adapter.rank} gives scale 1"
+                f"warning: alpha/rank = {scale:g} under zo: a step in weight space grows with its square, and "
+                f"large ones diverge; alpha={cfg.adapter.rank} gives scale 1, and zo.space=update makes it play no part"
+            )
+        if cfg.trainer == "zo" and cfg.adapter.dropout:
+            lines.append(
+                f"warning: adapter.dropout={cfg.adapter.dropout:g} is off under zo: two probes would differ by it"
             )
         return "\n".join(lines)
 

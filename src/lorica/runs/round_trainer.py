@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,9 +13,13 @@ from lorica.adapters import injection
 from lorica.adapters.adapter import Adapter
 from lorica.config import TrainConfig
 from lorica.evaluation.evaluate import evaluate
-from lorica.optim.backprop import Estimator, backprop
+from lorica.optim.backprop import backprop
+from lorica.optim.coordinates import update_scales
+from lorica.optim.directions import Directions
+from lorica.optim.probes import Probing
+from lorica.optim.scaling import Scaling
 from lorica.optim.updates import update_rule
-from lorica.optim.zeroth_order import Spsa
+from lorica.optim.zeroth_order import ZerothOrder
 from lorica.randomness import torch_generator
 from lorica.results import RunFolder
 from lorica.runs.ready import Ready
@@ -29,6 +33,7 @@ from lorica.training.boosting import INTERRUPTED, Round
 from lorica.training.checkpoints import Snapshot
 from lorica.training.fit import Progress, Step, fit
 from lorica.training.interruption import Interruption
+from lorica.training.loss_meter import LossMeter
 from lorica.training.trackers import JsonLines
 
 
@@ -52,6 +57,16 @@ class RunUnderWay(Protocol):
     def as_it_stands(self, round: Round) -> Adapter: ...
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a round holds beside the run, and what a checkpoint inside it keeps."""
+
+    round: Round
+    optimizer: torch.optim.Optimizer
+    dropout: torch.Generator
+    zeroth_order: ZerothOrder | None
+
+
 @dataclass
 class RoundTrainer:
     """Trains rounds of one run, with a fresh optimizer each, and keeps checkpoints.
@@ -66,11 +81,18 @@ class RoundTrainer:
     resumed: Resumed
     watchers: list[callbacks.Watch]
     owed: bool = False
+    meter: LossMeter = field(init=False)
+    probing: Probing = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.meter, branches = LossMeter(), self.learning.cfg.zo.branches
+        self.probing = Probing(None if branches == "auto" else branches)
 
     def __call__(self, round: Round) -> str:
         learning, cfg = self.learning, self.learning.cfg
         assert cfg.optimizer and cfg.learning_rate is not None
         lm = cfg.train_as == "lm"
+        metric = None if cfg.zo.objective == "loss" else cfg.zo.objective
         learning.ready.base.model.train(cfg.base_dropout)
         round.live.set_training(cfg.trainer == "backprop")
         optimizer = update_rule(
@@ -81,31 +103,46 @@ class RoundTrainer:
         )
         generator = torch_generator(cfg.seed, "dropout", round.number, device=learning.ready.device)
         round.live.set_dropout_generator(generator)
-        self._restore(round, optimizer, generator)
+        zeroth_order = self._zeroth_order(round) if cfg.trainer == "zo" else None
+        held = Held(round, optimizer, generator, zeroth_order)
+        self._restore(held)
         if self.owed or self.interruption.signal:
-            self._save(round, optimizer, generator)
+            self._save(held)
         if self.interruption.signal:
             return INTERRUPTED
         rows, make_batch = learning.rows["train"], learning.ready.collate(gold_only=lm)
         start = learning.progress.step * cfg.gradient_accumulation_steps
         return fit(
-            LossModule(learning.ready.base.model, "lm" if lm else "classification"),
+            LossModule(learning.ready.base.model, "lm" if lm else "classification", metric),
             round.live.trainable(),
             (make_batch([rows[index] for index in batch]) for batch in learning.stream.indices(start)),
-            estimator=_estimator(cfg),
+            estimator=zeroth_order or backprop,
             optimizer=optimizer,
             learning_rate=lambda step: learning.rate(step, round.first_step),
             num_steps=learning.num_steps,
             progress=learning.progress,
             batches_per_step=cfg.gradient_accumulation_steps,
             max_grad_norm=cfg.max_grad_norm,
-            on_step=lambda step: self._after(step, round, optimizer, generator),
+            on_step=lambda step: self._after(step, held),
         )
 
-    def _after(
-        self, step: Step, round: Round, optimizer: torch.optim.Optimizer, generator: torch.Generator
-    ) -> str | None:
+    def _zeroth_order(self, round: Round) -> ZerothOrder:
+        """A round's own estimator: like its optimizer, it remembers nothing of the round before."""
+        zo, seed = self.learning.cfg.zo, self.learning.cfg.seed
+        return ZerothOrder(
+            zo.estimator,
+            epsilon=zo.epsilon,
+            directions=Directions(zo.num_directions, zo.distribution, seed),
+            scaling=Scaling(zo.normalize, zo.clip),
+            scales=update_scales(round.start, round.live.trainable()) if zo.space == "update" else None,
+            probing=self.probing,
+        )
+
+    def _after(self, step: Step, held: Held) -> str | None:
+        round = held.round
         reason = round.watch(step)
+        if held.zeroth_order is not None:
+            step = self._measured(step)
         for watcher in self.watchers:
             watcher(step)
         if self.learning.cfg.eval_steps and step.step % self.learning.cfg.eval_steps == 0:
@@ -116,8 +153,14 @@ class RoundTrainer:
             self.owed = due
             return reason
         if due or self.interruption.signal:
-            self._save(round, optimizer, generator)
+            self._save(held)
         return INTERRUPTED if self.interruption.signal else None
+
+    def _measured(self, step: Step) -> Step:
+        """The step with the trend that its loss leaves; what should be known of it is said."""
+        for warning in self.meter.after(step.loss):
+            self.learning.say.print(f"warning: step {step.step}: {warning}", highlight=False, soft_wrap=True)
+        return replace(step, trend_t=self.meter.trend.t())
 
     def _look_at_dev(self, step: Step, round: Round) -> None:
         """The dev split's loss as a line of `eval_loss.jsonl`; the best adapter by it is kept in `best_adapter/`."""
@@ -132,12 +175,12 @@ class RoundTrainer:
             now = learning.as_it_stands(round)
             ready.write(now, self.run.best_adapter, profile=adapter.profile, dropout=adapter.dropout)
 
-    def _save(self, round: Round, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
-        self.owed = False
+    def _save(self, held: Held) -> None:
+        self.owed, round = False, held.round
         tensors: dict[str, Tensor] = {
             **checkpoints.adapter_tensors("live", injection.extract(round.live)),
-            **checkpoints.optimizer_tensors(optimizer),
-            "generator|dropout": generator.get_state(),
+            **checkpoints.optimizer_tensors(held.optimizer),
+            "generator|dropout": held.dropout.get_state(),
             "generator|torch": torch.get_rng_state(),
         }
         if round.best is not None:
@@ -151,14 +194,17 @@ class RoundTrainer:
             "best_dev_loss": self.learning.best_dev_loss,
             "identity": self.learning.identity,
         }
+        if held.zeroth_order is not None:
+            values |= {"zeroth_order": held.zeroth_order.state(), "meter": self.meter.state()}
         snapshot = Snapshot(self.learning.progress.step, tensors, values)
         checkpoints.save_checkpoint(self.run.checkpoints, snapshot)
 
-    def _restore(self, round: Round, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
+    def _restore(self, held: Held) -> None:
         """Put the checkpoint's state into the first round after a resume."""
         snapshot, self.resumed = self.resumed.snapshot, Resumed()
         if snapshot is None:
             return
+        round = held.round
         live = checkpoints.adapter_of("live", snapshot.tensors)
         if live is not None:
             round.live.put(live)
@@ -167,13 +213,10 @@ class RoundTrainer:
         round.first_step = snapshot.values["round"]["first_step"]
         round.last_loss = snapshot.values["round"]["last_loss"]
         round.rule.restore(snapshot.values["rule"])
-        checkpoints.restore_optimizer(optimizer, snapshot.tensors)
-        generator.set_state(snapshot.tensors["generator|dropout"])
+        checkpoints.restore_optimizer(held.optimizer, snapshot.tensors)
+        held.dropout.set_state(snapshot.tensors["generator|dropout"])
+        if held.zeroth_order is not None:
+            held.zeroth_order.restore(snapshot.values["zeroth_order"])
+            self.meter.restore(snapshot.values["meter"])
         if self.learning.cfg.base_dropout:
             torch.set_rng_state(snapshot.tensors["generator|torch"])
-
-
-def _estimator(cfg: TrainConfig) -> Estimator:
-    if cfg.trainer == "spsa":
-        return Spsa(cfg.zo.epsilon, cfg.zo.num_directions, cfg.seed)
-    return backprop

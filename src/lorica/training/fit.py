@@ -32,6 +32,8 @@ class Step:
     tokens: int  # so far, each batch counted once whatever the number of forwards over it
     seconds: float  # so far
     applied: bool = True
+    num_left_out: int = 0  # directions of this step whose loss was not finite
+    trend_t: float | None = None  # t-statistic of the loss's trend, where somebody measures it
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Progress:
     seconds: float = 0.0
     num_bad: int = 0
     bad_in_a_row: int = 0
+    num_left_out: int = 0
 
 
 OnStep = Callable[[Step], str | None]
@@ -67,7 +70,7 @@ def fit(
 
     `learning_rate` gives the rate of each step from 0 on. A step whose loss or gradient is not finite is not applied,
     and is told to `on_step` as such; NonFiniteLossError ends the run after 10 of them in a row, or when they are more
-    than 5 % of at least 200 steps.
+    than 5 % of at least 200 steps. Directions that a zeroth-order estimate had to leave out are counted.
     """
     progress = progress if progress is not None else Progress()
     begin = time.monotonic() - progress.seconds
@@ -83,7 +86,7 @@ def fit(
             optimizer.step()
         _move_on(progress, estimate, taken, applied)
         progress.seconds = time.monotonic() - begin
-        reason = on_step(_told(progress, estimate.loss, rate, applied))
+        reason = on_step(_told(progress, estimate, rate, applied))
         if reason is not None:
             return reason
         stop_if_hopeless(progress, rate)
@@ -91,8 +94,8 @@ def fit(
 
 
 def _is_finite(estimate: Estimate, parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether the loss, the projected gradients and the gradient are all finite."""
-    if not all(map(math.isfinite, (estimate.loss, *estimate.projected))):
+    """Whether the loss and the gradient are finite."""
+    if not math.isfinite(estimate.loss):
         return False
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
@@ -102,12 +105,14 @@ def _move_on(progress: Progress, estimate: Estimate, taken: list[Batch], applied
     progress.step += 1
     progress.forwards += estimate.num_forwards
     progress.tokens += sum(batch.num_tokens for batch in taken)
+    progress.num_left_out += estimate.num_left_out
     progress.num_bad += not applied
     progress.bad_in_a_row = 0 if applied else progress.bad_in_a_row + 1
 
 
-def _told(progress: Progress, loss: float, rate: float, applied: bool) -> Step:
-    return Step(progress.step, loss, rate, progress.forwards, progress.tokens, progress.seconds, applied)
+def _told(progress: Progress, estimate: Estimate, rate: float, applied: bool) -> Step:
+    counts = progress.step, estimate.loss, rate, progress.forwards, progress.tokens, progress.seconds
+    return Step(*counts, applied, estimate.num_left_out)
 
 
 def stop_if_hopeless(progress: Progress, rate: float) -> None:

@@ -1,0 +1,116 @@
+"""G candidates of some parameters in one forward pass: what runs before them is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.adapters.lora import LoraLinear
+
+
+def can_branch(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether each of these parameters belongs to a live layer, or to a linear module outside the blocks (a head's)."""
+    stacks = _stacks(model)
+    return all(
+        isinstance(owner, LoraLinear) or (type(owner) is nn.Linear and _place(path, stacks) is None)
+        for path, owner in _owners(model, names).items()
+    )
+
+
+def can_share(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether every live layer with one of these parameters lies in the model's last stack of blocks.
+
+    What comes before is then the same for all branches, and the rest of the stack meets nothing that is not its own. An
+    encoder's branches would meet its decoder, which has masks made for the rows that went in.
+    """
+    stacks, owners = _stacks(model), _owners(model, names)
+    places = [_place(path, stacks) for path, owner in owners.items() if isinstance(owner, LoraLinear)]
+    last = next(reversed(stacks), None)
+    return bool(places) and all(place is not None and place[0] == last for place in places)
+
+
+@contextmanager
+def branched(
+    model: nn.Module, names: Sequence[str], *, num_branches: int, num_rows: int | None = None
+) -> Iterator[None]:
+    """Within the block the model takes values (G, *shape) for the parameters of these names, one for each branch.
+
+    Its inputs hold the branches' rows one after the other. Or, with `num_rows`, where the model `can_share`, the rows
+    of one branch alone: each tensor of so many rows is then repeated where it enters a block, from the first block with
+    such a parameter on.
+    """
+    with ExitStack() as undo:
+        for owner in _owners(model, names).values():
+            if isinstance(owner, nn.Linear):
+                owner.forward = partial(_by_branch, owner, num_branches)  # type: ignore[method-assign]
+                undo.callback(delattr, owner, "forward")
+        if num_rows is not None:
+            repeat = partial(_repeat_inputs, num_rows, num_branches)
+            for block in _blocks_from(model, names):
+                undo.callback(block.register_forward_pre_hook(repeat, with_kwargs=True).remove)
+        yield
+
+
+def _owners(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Path -> module, of the modules that hold the parameters themselves."""
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    return {path: model.get_submodule(path) for path in paths}
+
+
+def _by_branch(linear: nn.Linear, num_branches: int, x: Tensor) -> Tensor:
+    """(G · b, ..., in) -> (G · b, ..., out), by weight (G, out, in) and bias (G, out) where they are stacked."""
+    weight = linear.weight.expand(num_branches, -1, -1)  # (G, out, in)
+    y = torch.bmm(x.reshape(num_branches, -1, x.shape[-1]), weight.transpose(1, 2))
+    if linear.bias is not None:
+        y = y + linear.bias.expand(num_branches, -1).unsqueeze(1)
+    return y.view(*x.shape[:-1], -1)
+
+
+def _blocks_from(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The blocks of the last stack, from the first that holds one of the parameters on."""
+    path, blocks = list(_stacks(model).items())[-1]
+    numbers = [place[1] for name in names if (place := _place(name, {path: blocks})) is not None]
+    return list(blocks)[min(numbers, default=len(blocks)) :]
+
+
+def _place(name: str, stacks: Mapping[str, nn.ModuleList]) -> tuple[str, int] | None:
+    """(path of the stack, number of the block) that a module or parameter lies in."""
+    for path in stacks:
+        if name.startswith(f"{path}."):
+            return path, int(name.removeprefix(f"{path}.").partition(".")[0])
+    return None
+
+
+def _stacks(module: nn.Module, prefix: str = "") -> dict[str, nn.ModuleList]:
+    """The model's stacks of blocks by their paths: its outermost module lists, in order."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            found[prefix + name] = child
+        else:
+            found |= _stacks(child, f"{prefix}{name}.")
+    return found
+
+
+def _repeat_inputs(
+    num_rows: int, num_branches: int, block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    repeat = partial(_repeated, num_rows, num_branches)
+    return tuple(map(repeat, inputs)), {name: repeat(value) for name, value in options.items()}
+
+
+def _repeated(num_rows: int, num_branches: int, value: Any) -> Any:
+    """A tensor of `num_rows` rows, or what of a tuple is one, repeated; anything else as it is.
+
+    A vector is no tensor of rows: it counts positions.
+    """
+    if isinstance(value, tuple):
+        return tuple(_repeated(num_rows, num_branches, each) for each in value)
+    if isinstance(value, Tensor) and value.dim() > 1 and len(value) == num_rows:
+        return value.repeat(num_branches, *(1,) * (value.dim() - 1))
+    return value
