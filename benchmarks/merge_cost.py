@@ -89,6 +89,7 @@ def _against_mergekit(run: Run, work: Path, repeats: int) -> Figures:
         "lorica": ours,
         "mergekit": theirs,
         "times_less_cpu": theirs["process_cpu_seconds"] / ours["process_cpu_seconds"],
+        "times_less_cpu_of_the_call": theirs["process_cpu_seconds"] / ours["merge_cpu_seconds"],
         "times_less_cpu_without_our_imports": theirs["process_cpu_seconds"] / ours["cpu_seconds"],
         "times_less_cpu_without_imports": without_imports / ours["cpu_seconds"],
     }
