@@ -45,6 +45,9 @@ bench: install peers  ## compare with peers side by side; needs LORICA_SHARED=fo
 	$(BIN)/python benchmarks/boosting_arms.py
 	$(BIN)/python benchmarks/merge_cost.py
 	$(BIN)/python benchmarks/merge_recovery.py
+	$(BIN)/python benchmarks/coefficients_cost.py
+	$(BIN)/python benchmarks/merge_learned.py
+	$(BIN)/python benchmarks/sweep_cost.py
 	$(BIN)/python benchmarks/write_tables.py
 
 clean:  ## remove what was made here
