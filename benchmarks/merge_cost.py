@@ -58,7 +58,7 @@ def main() -> None:
             "llama_8b": _medians([run("files", "llama_8b") for _ in range(arguments.repeats)]),
             "mergekit": _against_mergekit(run, Path(folder), arguments.repeats),
             "peers": {"peft": version("peft"), "mergekit": _mergekit_version()},
-            "origin": results.origin(0, "cpu"),
+            "origin": results.origin(0, "cpu", places=["--work"]),
         }
     print(json.dumps(record, indent=2))
     if arguments.modules_share == 1:

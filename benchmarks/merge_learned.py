@@ -26,7 +26,7 @@ import torch
 from merge_recovery import TASKS, TEST_SAMPLES, Judged
 from rich.console import Console
 
-from lorica import config, files
+from lorica import config, files, results
 from lorica.adapters import injection
 from lorica.adapters.adapter import Adapter
 from lorica.config import MergeConfig
@@ -75,7 +75,7 @@ def main() -> None:
             "static": static.get(),
             "learned": learned.get(),
             "controls": controls,
-            "origin": study.origin(),
+            "origin": results.origin(0, "cpu", places=["--work"]),
         }
     files.write_json(Path("results/merge_learned.json"), record)
     for row in [*record["static"], *record["learned"], *controls.values()]:

@@ -92,20 +92,11 @@ def main() -> None:
         "test_samples": TEST_SAMPLES,
         "rows": rows,
         "controls": controls,
-        "origin": origin(),
+        "origin": results.origin(0, "cpu", places=["--work"]),
     }
     files.write_json(Path("results/merge_recovery.json"), record)
     for row in rows:
         print(row["method"], json.dumps(row["default"]["recovery"]), json.dumps((row["tuned"] or {}).get("recovery")))
-
-
-def origin() -> Judged:
-    """Without the place of the trained adapters, which changes nothing."""
-    origin = results.origin(0, "cpu")
-    if "--work" in origin["command"]:
-        at = origin["command"].index("--work")
-        del origin["command"][at : at + 2]
-    return origin
 
 
 def start(work: str) -> None:

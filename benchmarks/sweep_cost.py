@@ -62,7 +62,7 @@ def main() -> None:
         "merge_seconds": merge_seconds,
         "rows": [_row("grid", [grid], grid), *(_row(name, sweeps, grid) for name, sweeps in found.items())],
         "restarted": restarted,
-        "origin": _origin(),
+        "origin": results.origin(0, "cpu", places=["--work"]),
     }
     files.write_json(Path("results/sweep_cost.json"), record)
 
@@ -147,15 +147,6 @@ def _row(name: str, sweeps: Sequence[Record], grid: Record) -> Record:
 
 def _spread(name: str, values: Sequence[float]) -> Record:
     return {name: statistics.median(values), f"{name}_spread": [min(values), max(values)]}
-
-
-def _origin() -> Record:
-    """Without the place of the trained adapters, which changes nothing."""
-    origin = results.origin(0, "cpu")
-    if "--work" in origin["command"]:
-        at = origin["command"].index("--work")
-        del origin["command"][at : at + 2]
-    return origin
 
 
 def _arguments() -> argparse.Namespace:

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,13 @@ def open_run(path: str | Path) -> RunFolder:
     return run
 
 
-def origin(seed: int, device: str) -> dict[str, Any]:
-    """Where a result comes from: command, code and library versions, device, seed, time. No environment, no secrets."""
+def origin(seed: int, device: str, places: Sequence[str] = ()) -> dict[str, Any]:
+    """Where a result comes from: command, code and library versions, device, seed, time. No environment, no secrets.
+
+    `places` are options of the command whose values are folders that mean nothing elsewhere: they are left out.
+    """
     return {
-        "command": [_program(), *sys.argv[1:]],
+        "command": [_program(), *_without(sys.argv[1:], places)],
         "lorica": lorica.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
@@ -121,6 +124,12 @@ def _program() -> str:
     """What was typed to run this: the installed command, or a script by its name."""
     name = Path(sys.argv[0]).name
     return "lorica" if name in ("lorica", "cli.py", "") else f"python {Path(sys.argv[0]).parent.name}/{name}"
+
+
+def _without(words: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The words but for these options, each with the word behind it."""
+    left_out = {at + step for at, word in enumerate(words) if word in options for step in (0, 1)}
+    return [word for at, word in enumerate(words) if at not in left_out]
 
 
 def _commit() -> str | None:
