@@ -163,7 +163,7 @@ class Ours:
     """Our step, as a run takes it: `fit` with the two-sided estimator and plain descent."""
 
     live: Live
-    probing: Probing = field(default_factory=Probing)
+    probing: Probing = field(default_factory=lambda: Probing(timed=True))
 
     def __post_init__(self) -> None:
         self.live.set_training(False)

@@ -241,7 +241,7 @@ def test_parameters_that_take_no_branches_are_run_one_by_one(load: Load) -> None
     ready = setup(load("opt"))
     ready.model.requires_grad_(True)
     assert not can_branch(ready.model, list(ready.trainable))
-    probing, offsets = Probing(), ready.offsets(2, spread=1e-3)
+    probing, offsets = Probing(timed=True), ready.offsets(2, spread=1e-3)
     assert torch.equal(ready.losses(probing, offsets), ready.losses(Probing(max_branches=1), offsets))
     assert probing.repeat_at == "never"
     with pytest.raises(ConfigError, match=r"zo.branches=2: .* zo.branches=1 or auto"):
@@ -266,7 +266,7 @@ def test_branches_that_meet_are_found_out(load: Load) -> None:
     ready = setup(load("bert"))
     for layer in ready.live.layers.values():
         layer.base = Mixing(layer.base)
-    probing = Probing()
+    probing = Probing(timed=True)
     found = ready.losses(probing)
     assert probing.repeat_at == "never"
     assert torch.equal(found, ready.losses(Probing(max_branches=1)))
@@ -290,7 +290,7 @@ def test_the_fastest_is_chosen_once_for_each_kind_of_batch(load: Load, monkeypat
         return seconds[num_branches]
 
     monkeypatch.setattr(probes, "_seconds", took)
-    probing = Probing()
+    probing = Probing(timed=True)
     first, second = ready.losses(probing), ready.losses(probing)
     assert sorted(set(timed)) == [1, 2, 4]
     assert len(timed) == 3 * probes.NUM_TIMINGS
@@ -302,7 +302,7 @@ def test_the_fastest_is_chosen_once_for_each_kind_of_batch(load: Load, monkeypat
 
 
 def test_a_pass_takes_no_more_tokens_than_the_cap(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    ready, probing = setup(load("opt")), Probing()
+    ready, probing = setup(load("opt")), Probing(timed=True)
     monkeypatch.setattr(probes, "_seconds", lambda of, points, num_branches, repeat_at: 1 / num_branches)
     monkeypatch.setattr(probes, "MAX_TOKENS", {"cpu": 2 * 28})
     ready.losses(probing)
@@ -310,9 +310,9 @@ def test_a_pass_takes_no_more_tokens_than_the_cap(load: Load, monkeypatch: pytes
 
 
 def test_a_restored_state_is_not_measured_again(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    ready, probing = setup(load("bert")), Probing()
+    ready, probing = setup(load("bert")), Probing(timed=True)
     expected = ready.losses(probing)
-    resumed = Probing()
+    resumed = Probing(timed=True)
     resumed.restore(probing.state())
     monkeypatch.setattr(probes, "_seconds", lambda *_: pytest.fail("timed again"))
     assert torch.equal(ready.losses(resumed), expected)

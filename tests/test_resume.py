@@ -37,7 +37,7 @@ BASE = {
     "learning_rate": "1e-2",
     "adapter.dropout": "0.1",
 }
-BRANCHES = {"spsa": {"zo.branches": "2"}}  # auto goes by the clock, and two runs may choose otherwise
+BRANCHES = {"spsa": {"zo.branches": "2"}}  # several in one pass, however long the batch
 KINDS = {
     "lora": {"adapter.rank": "2"},
     "xgblora": {"adapter.kind": "xgblora", "boosting.steps_per_iteration": "8"},

@@ -106,8 +106,8 @@ class ZerothOrderConfig(Section):
     objective: Literal["loss", "accuracy", "macro_f1"] = Field(
         "loss", description="what is trained for; no gradient needed"
     )
-    branches: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto", description="probes that one forward pass takes; auto: what is fastest"
+    branches: Literal["auto", "timed"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="probes that one forward pass takes; auto: by their tokens; timed: what is fastest here"
     )
 
 

@@ -38,6 +38,12 @@ class Pass:
         """With padding, which takes as long."""
         return max(tensor.numel() for tensor in self.batch.inputs.values())
 
+    @property
+    def most_branches(self) -> int:
+        """That fit into a pass, at least 1."""
+        device = next(iter(self.trainable.values())).device.type
+        return max(1, MAX_TOKENS.get(device, MAX_TOKENS_ELSEWHERE) // self.num_tokens)
+
     def losses(self, points: Tensor, num_branches: int, repeat_at: RepeatAt) -> Tensor:
         """(G,) float64: the batch's loss at each of the points (G, n), so many of them in one pass."""
         found = []
@@ -61,7 +67,8 @@ class Pass:
 class Probing:
     """How candidates are evaluated: so many of them as branches of one forward pass, until all are done.
 
-    `max_branches` is that number, 1 being one after the other. Where it is None it is chosen when a batch of a kind is
+    `max_branches` is that number, 1 being one after the other. Where it is None as many are taken as fit into a pass by
+    their tokens, which is the same in every run. Where it is `timed` besides, it is chosen when a batch of a kind is
     first seen, for each number of candidates and each octave of tokens: powers of two are timed until more take longer.
     Branches are taken only if a first batch has the same losses in one pass as in two, at two points well apart.
 
@@ -69,6 +76,7 @@ class Probing:
     """
 
     max_branches: int | None = None
+    timed: bool = False
     repeat_at: RepeatAt | Literal["never", "unknown"] = "unknown"
     chosen: dict[str, int] = field(default_factory=dict)
 
@@ -89,18 +97,18 @@ class Probing:
         return torch.stack(found).mean(dim=0).cpu()
 
     def _losses(self, of: Pass, points: Tensor) -> Tensor:
-        num_branches = min(len(points), self.max_branches or len(points))
-        if num_branches > 1 and self.repeat_at == "unknown":
+        most = min(len(points), self.max_branches or of.most_branches)
+        if most > 1 and self.repeat_at == "unknown":
             self.repeat_at = _where_to_repeat(of)
-        if num_branches == 1 or self.repeat_at == "never" or self.repeat_at == "unknown":
-            self._check_not_asked_for(num_branches)
+        if most == 1 or self.repeat_at == "never" or self.repeat_at == "unknown":
+            self._check_not_asked_for(most)
             return of.losses(points, 1, "inputs")
-        if self.max_branches is None:
+        if self.max_branches is None and self.timed:
             kind = self.kind(len(points), of.num_tokens)
             if kind not in self.chosen:
-                self.chosen[kind] = _fastest(of, points, self.repeat_at)
-            num_branches = self.chosen[kind]
-        return of.losses(points, num_branches, self.repeat_at)
+                self.chosen[kind] = _fastest(of, points, most, self.repeat_at)
+            most = min(most, self.chosen[kind])
+        return of.losses(points, most, self.repeat_at)
 
     @staticmethod
     def kind(num_candidates: int, num_tokens: int) -> str:
@@ -150,14 +158,11 @@ def _where_to_repeat(of: Pass) -> RepeatAt | Literal["never"]:
     return "never"
 
 
-def _fastest(of: Pass, points: Tensor, repeat_at: RepeatAt) -> int:
-    """How many branches a pass evaluate the points in the least time: a power of two, or all."""
-    most = MAX_TOKENS.get(points.device.type, MAX_TOKENS_ELSEWHERE)
+def _fastest(of: Pass, points: Tensor, most: int, repeat_at: RepeatAt) -> int:
+    """How many branches a pass evaluate the points in the least time: a power of two, or `most`."""
     best, least = 1, math.inf
-    for exponent in range((len(points) - 1).bit_length() + 1):
-        num_branches = min(2**exponent, len(points))
-        if num_branches > 1 and num_branches * of.num_tokens > most:
-            break
+    for exponent in range((most - 1).bit_length() + 1):
+        num_branches = min(2**exponent, most)
         try:
             seconds = min(_seconds(of, points, num_branches, repeat_at) for _ in range(NUM_TIMINGS))
         except torch.OutOfMemoryError:

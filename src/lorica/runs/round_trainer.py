@@ -86,7 +86,7 @@ class RoundTrainer:
 
     def __post_init__(self) -> None:
         self.meter, branches = LossMeter(), self.learning.cfg.zo.branches
-        self.probing = Probing(None if branches == "auto" else branches)
+        self.probing = Probing(branches if isinstance(branches, int) else None, timed=branches == "timed")
 
     def __call__(self, round: Round) -> str:
         learning, cfg = self.learning, self.learning.cfg
