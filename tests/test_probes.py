@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -163,6 +163,20 @@ def test_a_head_alone_takes_branches(load: Load) -> None:
 def test_answers_of_several_tokens_take_branches(load: Load, family: str, train_as: TrainAs) -> None:
     ready = setup(load(family), num_tokens=3, train_as=train_as)
     found = ready.losses(Probing(max_branches=2))
+    torch.testing.assert_close(found, ready.losses(Probing(max_branches=1)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_branches", [2, 3])
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
+def test_options_that_go_on_from_one_prompt_take_branches(load: Load, family: str, num_branches: int) -> None:
+    ready = setup(load(family))
+    inputs = {name: rows[:3] for name, rows in ready.batch.inputs.items()}  # three prompts, two or three options each
+    targets = torch.tensor([[5, 6, 7], [8, -100, -100], [6, 9, -100]]).repeat(3, 1)[: 3 * num_branches]
+    inputs |= {"continuation_ids": targets[:, :-1].clamp(min=1), "continuation_mask": (targets[:, :-1] != -100).long()}
+    ready = replace(ready, batch=ChoiceBatch(inputs, targets, torch.tensor([0, 1, 1]), num_branches, one_token=False))
+    probing = Probing(max_branches=num_branches)
+    found = ready.losses(probing)
+    assert probing.repeat_at == "blocks"
     torch.testing.assert_close(found, ready.losses(Probing(max_branches=1)), rtol=1e-5, atol=1e-5)
 
 

@@ -15,9 +15,9 @@ from lorica.errors import LoricaError
 from lorica.evaluation.evaluate import evaluate
 from lorica.evaluation.scoring import Collate, score_all
 from lorica.models import Base
-from lorica.tasks import objectives
+from lorica.tasks import batching, objectives
 from lorica.tasks.base import Example, Prompt, Task
-from lorica.tasks.batching import ChoiceBatch, collate
+from lorica.tasks.batching import Batch, ChoiceBatch, collate
 from lorica.tasks.prompting import Choice, Classified, Encoded, encode, option_texts, render
 
 Load = Callable[..., Base]
@@ -94,6 +94,36 @@ def test_scores_of_a_batch_are_those_of_each_option_alone(load: Load, family: st
     assert batch.one_token == (answers == "one token")
     with torch.no_grad():
         assert_scores(objectives.scores(base.model, batch), reference(base, task))
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "t5", "bart"])
+def test_options_share_their_prompt_and_its_gradient(load: Load, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load(family)
+    task = choice("several tokens", "i saw the film, twice, and {text} was")
+    shared = collator(base)(encoded(base, task))
+    monkeypatch.setattr(batching, "_share_prompts", lambda rows, gold_only: False)
+    apart = collator(base)(encoded(base, task))
+    assert len(apart.inputs["input_ids"]) == 3 * len(shared.inputs["input_ids"])
+    found, expected = (_scores_and_gradient(base, batch) for batch in (shared, apart))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_model_without_a_cache_reads_each_prompt_for_each_option(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load("opt")
+    batch = collator(base)(encoded(base, choice()))
+    expected = objectives.scores(base.model, batch)
+    names = objectives._accepted(base.model) - {"past_key_values"}
+    monkeypatch.setattr(objectives, "_accepted", lambda model: names)
+    torch.testing.assert_close(objectives.scores(base.model, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def _scores_and_gradient(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The scores, and the gradient of the first matrix that any token meets behind the embedding."""
+    weight = next(each for name, each in base.model.named_parameters() if each.dim() == 2 and "emb" not in name)
+    weight.requires_grad_(True)
+    found = objectives.scores(base.model, batch)
+    return found.detach(), torch.autograd.grad(found.square().sum(), weight)[0]
 
 
 @families

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,24 +36,21 @@ def can_share(model: nn.Module, names: Sequence[str]) -> bool:
 
 
 @contextmanager
-def branched(
-    model: nn.Module, names: Sequence[str], *, num_branches: int, num_rows: int | None = None
-) -> Iterator[None]:
+def branched(model: nn.Module, names: Sequence[str], *, num_branches: int, at_blocks: bool = False) -> Iterator[None]:
     """Within the block the model takes values (G, *shape) for the parameters of these names, one for each branch.
 
-    Its inputs hold the branches' rows one after the other. Or, with `num_rows`, where the model `can_share`, the rows
-    of one branch alone: each tensor of so many rows is then repeated where it enters a block, from the first block with
-    such a parameter on.
+    Its inputs hold the branches' rows one after the other. Or, `at_blocks` and where the model `can_share`, the rows of
+    one branch alone: what goes into a block is then repeated, from the first block with such a parameter on.
     """
     with ExitStack() as undo:
         for owner in _owners(model, names).values():
             if isinstance(owner, nn.Linear):
                 owner.forward = partial(_by_branch, owner, num_branches)  # type: ignore[method-assign]
                 undo.callback(delattr, owner, "forward")
-        if num_rows is not None:
-            repeat = partial(_repeat_inputs, num_rows, num_branches)
-            for block in _blocks_from(model, names):
-                undo.callback(block.register_forward_pre_hook(repeat, with_kwargs=True).remove)
+        blocks = _blocks_from(model, names) if at_blocks else []
+        repeating = _Repeating(num_branches, next(iter(blocks), None))
+        for block in blocks:
+            undo.callback(block.register_forward_pre_hook(repeating, with_kwargs=True).remove)
         yield
 
 
@@ -97,20 +95,28 @@ def _stacks(module: nn.Module, prefix: str = "") -> dict[str, nn.ModuleList]:
     return found
 
 
-def _repeat_inputs(
-    num_rows: int, num_branches: int, block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    repeat = partial(_repeated, num_rows, num_branches)
-    return tuple(map(repeat, inputs)), {name: repeat(value) for name, value in options.items()}
+@dataclass
+class _Repeating:
+    """Repeats a block's inputs for the branches, where that was not done in a block before."""
 
+    num_branches: int
+    first: nn.Module | None
+    num_rows: int = 0  # of one branch, as they go into the first block
 
-def _repeated(num_rows: int, num_branches: int, value: Any) -> Any:
-    """A tensor of `num_rows` rows, or what of a tuple is one, repeated; anything else as it is.
+    def __call__(
+        self, block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if block is self.first:
+            self.num_rows = len(inputs[0] if inputs else next(iter(options.values())))
+        return tuple(map(self._repeated, inputs)), {name: self._repeated(value) for name, value in options.items()}
 
-    A vector is no tensor of rows: it counts positions.
-    """
-    if isinstance(value, tuple):
-        return tuple(_repeated(num_rows, num_branches, each) for each in value)
-    if isinstance(value, Tensor) and value.dim() > 1 and len(value) == num_rows:
-        return value.repeat(num_branches, *(1,) * (value.dim() - 1))
-    return value
+    def _repeated(self, value: Any) -> Any:
+        """A tensor of one branch's rows, or what of a tuple is one, repeated; anything else as it is.
+
+        A vector is no tensor of rows: it counts positions.
+        """
+        if isinstance(value, tuple):
+            return tuple(map(self._repeated, value))
+        if isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.num_rows:
+            return value.repeat(self.num_branches, *(1,) * (value.dim() - 1))
+        return value

@@ -12,6 +12,7 @@ from torch import Tensor
 from lorica import randomness
 from lorica.tasks.prompting import Choice, Classified, Encoded, Tokens
 
+WORTH_GOING_ON = 0.8  # of the tokens, below which a second pass over the options pays
 POOL_BATCHES = 50  # rows are sorted by length inside pools of so many batches: little padding, and still shuffled
 
 
@@ -31,10 +32,16 @@ class HeadBatch:
 class ChoiceBatch:
     """Input of a language model whose options are to be scored.
 
-    Rows are padded on the left, so the answers' positions are the last ones. Where every option is one token, there is
-    one row an example and `targets` (b, options) are the options' tokens. Otherwise an example has a row for each
-    option, `targets` (b · options, L) are its tokens, right-aligned, and -100 where there is none. An encoder-decoder's
-    prompts are padded on the right, and its targets aligned on the left.
+    Rows are padded on the left, so what predicts the answers stands last. Where every option is one token, there is one
+    row an example and `targets` (b, options) are the options' tokens. Otherwise `targets` (b · options, L) are each
+    option's tokens, -100 where there is none, and the inputs are of one of two kinds:
+
+    - a row an option, its prompt and itself; the targets are right-aligned.
+    - a row an example, its prompt, and what to go on with behind it: `continuation_ids` and `continuation_mask`
+      (b · options, L - 1); the targets are left-aligned.
+
+    An encoder-decoder's prompts are padded on the right, a row an example where its options share the prompt, and its
+    `decoder_input_ids` have a row an option; the targets are left-aligned.
     """
 
     inputs: dict[str, Tensor]
@@ -45,7 +52,8 @@ class ChoiceBatch:
 
     @property
     def num_tokens(self) -> int:
-        return int(self.inputs["attention_mask"].sum())
+        masks = [self.inputs[name] for name in ("attention_mask", "continuation_mask") if name in self.inputs]
+        return sum(int(mask.sum()) for mask in masks)
 
 
 Batch = HeadBatch | ChoiceBatch
@@ -62,6 +70,24 @@ def mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
 def repeated(batch: Batch, count: int) -> Batch:
     """The batch's rows `count` times one after the other, for as many branches of one forward pass."""
     return mapped(batch, lambda tensor: tensor.repeat(count, *(1,) * (tensor.dim() - 1)))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some examples of a batch, and the weight of their mean in the whole batch's: 0 for a stand-in."""
+
+    batch: Batch
+    weight: float
+
+
+def share(batch: Batch, rank: int, num: int) -> Share:
+    """Every `num`-th example from number `rank` on, padded as the whole batch is; if there is none, the first for 0."""
+    count = len(batch.labels)
+    if num == 1:
+        return Share(batch, 1.0)
+    taken = slice(rank, None, num) if rank < count else slice(0, 1)
+    part = mapped(batch, lambda tensor: tensor.view(count, -1, *tensor.shape[1:])[taken].flatten(0, 1))
+    return Share(part, len(range(rank, count, num)) / count)
 
 
 @dataclass(frozen=True)
@@ -135,39 +161,68 @@ def _choice_batch(
     gold_only: bool,
     decoder_start_token_id: int | None,
 ) -> ChoiceBatch:
+    picked = [[row.label] if gold_only else range(len(row.options)) for row in rows]
+    pairs = [(row.prompts[i], row.options[i]) for row, which in zip(rows, picked, strict=True) for i in which]
+    shared = [row.prompts[0] for row in rows] if _share_prompts(rows, gold_only) else None
     one_token = not gold_only and all(row.is_one_token for row in rows)
+    right_aligned = False
+    if decoder_start_token_id is not None:
+        inputs = _encoder_decoder_inputs(pairs, shared, one_token, pad_token_id, decoder_start_token_id)
+    elif one_token:
+        inputs = _prompts([row.prompts[0] for row in rows], pad_token_id)
+    elif shared is not None and _worth_going_on(pairs, shared):
+        inputs = _prompts(shared, pad_token_id) | _continuations(pairs, pad_token_id)
+    else:
+        inputs = _prompts([prompt + option[:-1] for prompt, option in pairs], pad_token_id)
+        right_aligned = True
     if one_token:
-        pairs: list[tuple[Tokens, Tokens]] = [(row.prompts[0], ()) for row in rows]
         targets = torch.tensor([[option[0] for option in row.options] for row in rows])  # (b, options)
     else:
-        picked = [[row.label] if gold_only else range(len(row.options)) for row in rows]
-        pairs = [(row.prompts[i], row.options[i]) for row, which in zip(rows, picked, strict=True) for i in which]
-        # A decoder of its own starts at position 0, so its answers are left-aligned; a shared one ends with them.
-        left = decoder_start_token_id is None
-        targets, _mask = _padded([option for _, option in pairs], -100, left=left)  # (b · options, L)
-    if decoder_start_token_id is None:
-        inputs = _decoder_inputs(pairs, pad_token_id)
-    else:
-        inputs = _encoder_decoder_inputs(pairs, pad_token_id, decoder_start_token_id)
-    num_options = 1 if gold_only else len(rows[0].options)
+        targets, _mask = _padded([option for _, option in pairs], -100, left=right_aligned)  # (b · options, L)
     on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
-    return ChoiceBatch(on_device, targets.to(device), labels, num_options, one_token)
+    return ChoiceBatch(on_device, targets.to(device), labels, len(picked[0]), one_token)
 
 
-def _decoder_inputs(pairs: Sequence[tuple[Tokens, Tokens]], pad_token_id: int) -> dict[str, Tensor]:
-    """Prompt and option without its last token, which is only ever predicted."""
-    tokens, mask = _padded([prompt + option[:-1] for prompt, option in pairs], pad_token_id, left=True)
+def _share_prompts(rows: Sequence[Choice], gold_only: bool) -> bool:
+    """Whether each example's options stand behind one prompt."""
+    return not gold_only and all(len(row.options) > 1 and len(set(row.prompts)) == 1 for row in rows)
+
+
+def _worth_going_on(pairs: Sequence[tuple[Tokens, Tokens]], prompts: Sequence[Tokens]) -> bool:
+    """Whether a pass over the prompts and one over what follows them take fewer tokens than a row for each option."""
+    longest = max(len(prompt) for prompt in prompts)
+    more = max(len(option) for _, option in pairs) - 1
+    return len(prompts) * longest + len(pairs) * more < WORTH_GOING_ON * len(pairs) * (longest + more)
+
+
+def _prompts(rows: Sequence[Tokens], pad_token_id: int) -> dict[str, Tensor]:
+    tokens, mask = _padded(rows, pad_token_id, left=True)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
 
 
-def _encoder_decoder_inputs(pairs: Sequence[tuple[Tokens, Tokens]], pad_token_id: int, start: int) -> dict[str, Tensor]:
-    tokens, mask = _padded([prompt for prompt, _ in pairs], pad_token_id, left=False)
-    written, shown = _padded([(start, *option[:-1]) for _, option in pairs], pad_token_id, left=False)
+def _continuations(pairs: Sequence[tuple[Tokens, Tokens]], pad_token_id: int) -> dict[str, Tensor]:
+    """Each option without its last token, which is only ever predicted."""
+    tokens, mask = _padded([option[:-1] for _, option in pairs], pad_token_id, left=False)
+    return {"continuation_ids": tokens, "continuation_mask": mask}
+
+
+def _encoder_decoder_inputs(
+    pairs: Sequence[tuple[Tokens, Tokens]],
+    shared: Sequence[Tokens] | None,
+    one_token: bool,
+    pad_token_id: int,
+    start: int,
+) -> dict[str, Tensor]:
+    assert not one_token or shared is not None
+    prompts = shared if shared is not None else [prompt for prompt, _ in pairs]
+    written = [(start,)] * len(prompts) if one_token else [(start, *option[:-1]) for _, option in pairs]
+    tokens, mask = _padded(prompts, pad_token_id, left=False)
+    into_decoder, shown = _padded(written, pad_token_id, left=False)
     return {
         "input_ids": tokens,
         "attention_mask": mask,
-        "decoder_input_ids": written,
+        "decoder_input_ids": into_decoder,
         "decoder_attention_mask": shown,
     }
 

@@ -82,22 +82,66 @@ def _target_log_p(model: nn.Module, batch: ChoiceBatch) -> Tensor:
     if batch.one_token:
         logits = _last_logits(model, batch, 1)[:, 0]  # (b, vocabulary)
         return logits.log_softmax(dim=-1).gather(1, batch.targets)
-    logits = _last_logits(model, batch, batch.targets.shape[1])  # (rows, L, vocabulary)
-    targets = batch.targets.clamp(min=0)
-    log_p = logits.log_softmax(dim=-1).gather(2, targets.unsqueeze(2)).squeeze(2)
-    return log_p.masked_fill(batch.targets == -100, 0.0)
+    if "continuation_ids" in batch.inputs:
+        return _continued_log_p(model, batch)
+    return _gathered(_last_logits(model, batch, batch.targets.shape[1]), batch.targets)
+
+
+def _continued_log_p(model: nn.Module, batch: ChoiceBatch) -> Tensor:
+    """(b · options, L): the prompts are read once, and every option goes on from what the model keeps of its own."""
+    inputs, count = batch.inputs, batch.num_options
+    more = inputs["continuation_ids"]  # (b · options, L - 1)
+    mask = torch.cat([inputs["attention_mask"].repeat_interleave(count, dim=0), inputs["continuation_mask"]], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    if "past_key_values" not in _accepted(model):  # nothing is kept to go on from
+        rows = torch.cat([inputs["input_ids"].repeat_interleave(count, dim=0), more], dim=1)
+        whole = {"input_ids": rows, "attention_mask": mask, "position_ids": positions}
+        return _gathered(_logits(model, whole, batch.targets.shape[1]), batch.targets)
+    prompts = _called(model, inputs, 1, use_cache=True)
+    first = _at_least_float32(prompts.logits[:, -1]).log_softmax(dim=-1)  # (b, vocabulary)
+    log_p = first.gather(1, batch.targets[:, 0].view(len(first), -1)).view(-1, 1)  # (b · options, 1)
+    cache = prompts.past_key_values
+    cache.batch_repeat_interleave(count)
+    behind = {"input_ids": more, "attention_mask": mask, "position_ids": positions[:, -more.shape[1] :]}
+    logits = _logits(model, {**behind, "past_key_values": cache}, more.shape[1], use_cache=True)
+    return torch.cat([log_p, _gathered(logits, batch.targets[:, 1:])], dim=1)
+
+
+def _gathered(logits: Tensor, targets: Tensor) -> Tensor:
+    """(rows, L) log-probabilities of the targets (rows, L) by logits (rows, L, vocabulary); 0 where there is none."""
+    log_p = logits.log_softmax(dim=-1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
+    return log_p.masked_fill(targets == -100, 0.0)
 
 
 def _last_logits(model: nn.Module, batch: ChoiceBatch, count: int) -> Tensor:
     """(rows, count, vocabulary): the last positions' logits; the others are not computed where that can be."""
+    inputs = _encoded_once(model, batch.inputs) if "decoder_input_ids" in batch.inputs else batch.inputs
+    return _logits(model, inputs, count)
+
+
+def _encoded_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """An encoder-decoder's inputs with what its encoder makes of each prompt, repeated for the options behind it."""
+    tokens, mask, written = inputs["input_ids"], inputs["attention_mask"], inputs["decoder_input_ids"]
+    count = len(written) // len(tokens)
+    if count == 1:
+        return dict(inputs)
+    hidden = model.get_encoder()(input_ids=tokens, attention_mask=mask).last_hidden_state  # type: ignore[operator]
+    found = {name: value for name, value in inputs.items() if name != "input_ids"}
+    repeated_mask = mask.repeat_interleave(count, dim=0)
+    return found | {"encoder_outputs": (hidden.repeat_interleave(count, dim=0),), "attention_mask": repeated_mask}
+
+
+def _logits(model: nn.Module, inputs: Mapping[str, Any], count: int, *, use_cache: bool = False) -> Tensor:
+    return _at_least_float32(_called(model, inputs, count, use_cache=use_cache).logits[:, -count:])
+
+
+def _called(model: nn.Module, inputs: Mapping[str, Any], count: int, *, use_cache: bool = False) -> Any:
+    """What the model makes of those inputs that it takes, with the logits of the last `count` positions at least."""
     accepted = _accepted(model)
-    inputs: dict[str, Any] = {name: value for name, value in batch.inputs.items() if name in accepted}
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = count
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
+    options = {"logits_to_keep": count, "use_cache": use_cache}
+    taken = {name: value for name, value in {**inputs, **options}.items() if name in accepted}
     with output_embedding.contiguous_input(model.get_output_embeddings()):  # type: ignore[operator]
-        return _at_least_float32(model(**inputs).logits[:, -count:])
+        return model(**taken)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
@@ -163,10 +207,10 @@ class LossModule(nn.Module):
         holds one of the parameters begins.
         """
         num_branches = len(next(iter(parameters.values())))
-        whole, num_rows = repeated(batch, num_branches), None
+        whole = repeated(batch, num_branches)
         if repeat_at == "blocks":
-            whole, num_rows = replace(whole, inputs=batch.inputs), len(next(iter(batch.inputs.values())))
-        with branched(self.model, list(parameters), num_branches=num_branches, num_rows=num_rows):
+            whole = replace(whole, inputs=batch.inputs)
+        with branched(self.model, list(parameters), num_branches=num_branches, at_blocks=repeat_at == "blocks"):
             # Parameters that take branches are tied to none, and to look for such takes milliseconds.
             return torch.func.functional_call(  # type: ignore[no-any-return]
                 self, _of_model(parameters), (whole, num_branches), tie_weights=False
