@@ -6,10 +6,14 @@ asks for the same names and gets the same numbers.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 import random
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -37,8 +41,7 @@ def normals(seed: int, *names: Name, size: int) -> Tensor:
 
     The draw is made on the CPU, so it is the same whatever device the model is on (MATH section 3).
     """
-    bits = np.random.Generator(np.random.Philox(key=key(seed, *names)))
-    return torch.from_numpy(bits.standard_normal(size, dtype=np.float32))
+    return normal_rows(seed, *names, rows=range(1), width=size)[0]
 
 
 def uniforms(seed: int, *names: Name, size: int) -> Tensor:
@@ -64,7 +67,61 @@ def bernoulli(seed: int, *names: Name, size: int, probability: float) -> Tensor:
 
 def signs(seed: int, *names: Name, size: int) -> Tensor:
     """(size,) float32 Rademacher draws, ±1, from Philox's raw bits: the same on every platform."""
-    num_words = -(-size // 64)
-    words = np.random.Philox(key=key(seed, *names)).random_raw(num_words).astype("<u8")
-    bits = np.unpackbits(words.view(np.uint8), count=size, bitorder="little")
-    return torch.from_numpy(bits.astype(np.float32)).mul_(2.0).sub_(1.0)
+    return sign_rows(seed, *names, rows=range(1), width=size)[0]
+
+
+# Draws for a matrix of which only some rows are wanted. Row r has a place of its own in the stream, so that it comes
+# out the same whichever rows are drawn with it, and a matrix that is drawn in parts need never be whole.
+
+
+def sign_rows(seed: int, *names: Name, rows: Sequence[int], width: int, device: str | torch.device = "cpu") -> Tensor:
+    """(len(rows), width) float32 Rademacher draws, ±1, the same on every platform. `rows` ascend."""
+    bits = torch.from_numpy(_row_words(seed, names, rows, width, num_bits=1).view(np.uint8)).to(device)
+    signs = _signs_of_bytes(torch.device(device)).index_select(0, bits.flatten().int())  # (bytes, 8)
+    return signs.view(len(rows), -1)[:, :width]
+
+
+def normal_rows(seed: int, *names: Name, rows: Sequence[int], width: int, device: str | torch.device = "cpu") -> Tensor:
+    """(len(rows), width) float32 draws from N(0, 1), none beyond ±5.3. `rows` ascend.
+
+    Each is the quantile of a uniform draw in 2²³ steps, since a method of rejection would not know where a row begins.
+    """
+    steps = _row_words(seed, names, rows, width, num_bits=32).view("<u4")[:, :width] >> np.uint32(9)
+    uniform = torch.from_numpy(steps.astype(np.float32)).to(device).add_(0.5).mul_(2.0**-22).sub_(1.0)  # in (-1, 1)
+    return uniform.erfinv_().mul_(math.sqrt(2.0))
+
+
+def uniform_rows(
+    seed: int, *names: Name, rows: Sequence[int], width: int, device: str | torch.device = "cpu"
+) -> Tensor:
+    """(len(rows), width) float32 draws from [0, 1) in steps of 2⁻¹⁶, the same on every platform. `rows` ascend."""
+    steps = _row_words(seed, names, rows, width, num_bits=16).view("<u2")[:, :width]
+    return torch.from_numpy(steps.astype(np.float32)).to(device).mul_(2.0**-16)
+
+
+def _row_words(
+    seed: int, names: Sequence[Name], rows: Sequence[int], width: int, *, num_bits: int
+) -> npt.NDArray[np.uint64]:
+    """(len(rows), words): each row's raw words, at least `width` · `num_bits` bits of them."""
+    num_counts = -(-width * num_bits // 256)  # Philox makes four words of 64 bits at each count
+    stream, found = key(seed, *names), np.empty((len(rows), 4 * num_counts), dtype="<u8")
+    for start, stop in _runs(rows):
+        bits = np.random.Philox(key=stream, counter=rows[start] * num_counts)
+        found[start:stop] = bits.random_raw((stop - start) * 4 * num_counts).reshape(stop - start, -1)
+    return found
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the places between which the rows follow one another without a gap."""
+    if isinstance(rows, range):
+        yield 0, len(rows)
+        return
+    breaks = [at for at in range(1, len(rows)) if rows[at] != rows[at - 1] + 1]
+    yield from zip([0, *breaks], [*breaks, len(rows)], strict=True)
+
+
+@functools.cache
+def _signs_of_bytes(device: torch.device) -> Tensor:
+    """(256, 8) float32: the signs that a byte's bits stand for."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return torch.from_numpy(bits.astype(np.float32)).mul_(2.0).sub_(1.0).to(device)
