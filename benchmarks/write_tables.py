@@ -74,18 +74,21 @@ def _zo_step(record: Record) -> str:
             f"{row['lorica_ms']:.0f} ms",
             f"{row['mezo_ms']:.0f} ms",
             _spread(row, "speedup"),
+            f"{row['work']:.2f}",
             _spread(row, "floor"),
             row["branches"],
             f"{row['difference']:.1e}",
             f"{row['memory']['step_mib']:.0f} and {row['memory']['inference_mib']:.0f} MiB",
             f"{_whole(row['memory'], 'step') / _whole(row['memory'], 'inference'):.3f}",
+            f"{row['memory']['full_step_mib']:.0f} MiB, "
+            f"{_whole(row['memory'], 'full_step') / _whole(row['memory'], 'inference'):.3f}",
         )
         for row in record["rows"]
     ]
     head = (
-        *(f"{record['device']}, {record['threads']} thread(s)", "lorica", "MeZO", "MeZO / lorica"),
+        *(f"{record['device']}, {record['threads']} thread(s)", "lorica", "MeZO", "MeZO / lorica", "counted work"),
         *("lorica / two bare passes", "branches a pass", "losses differ by"),
-        *("peak above the model, step and inference", "with the model"),
+        *("peak above the model, step and inference", "with the model", "of a step without an adapter"),
     )
     return _markdown(head, rows)
 

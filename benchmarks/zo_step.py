@@ -7,13 +7,16 @@ have the option behind it. In one process a MeZO step, our step, and two bare fo
 the ratios are taken round by round:
 
 - `speedup`: a MeZO step's time / our step's.
+- `work`: the same ratio of the multiplications in matrix products, counted, not timed: what the speedup would be if
+  each took as long on both sides.
 - `floor`: our step's time / that of two bare passes over the same tokens.
 - `difference`: of the two losses from the reference's at the same z, before any step; the reference in bfloat16 rounds
   its logits, so there it tells of the reference.
 
 On the CPU, times are CPU seconds, which other work on the machine disturbs less than the clock. `memory` is the peak of
-resident memory above the loaded model in a process of its own, of five steps and of scoring the same batch, and the
-model's own size. Writes a record to results/zo_step.json (on a GPU: results/zo_step_gpu.json).
+resident memory above the loaded model in a process of its own, of five steps, of five steps of the whole model without
+an adapter (`full_step`), and of scoring the same batch, and the model's own size. Writes a record to
+results/zo_step.json (on a GPU: results/zo_step_gpu.json).
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from zo_step_pieces import SHAPES, Mezo, Ours, Prompts, body, prompts, random_opt, sharing, with_adapters
 
 from lorica import files, results
@@ -78,6 +82,7 @@ def _compare(shape: str, dtype: str, device: str, rounds: int) -> list[Figures]:
             "batch_size": batch_size,
             "length": length,
             **_times(mezo, ours, body(bare, batch), batch, rounds),
+            "work": _work(mezo, ours, batch),
             "difference": difference,
             "memory": _memory(shape, dtype, batch_size, length, device),
         }
@@ -107,6 +112,16 @@ def _times(mezo: Mezo, ours: Ours, one_pass: Callable[[], Any], batch: Prompts, 
     }
 
 
+def _work(mezo: Mezo, ours: Ours, batch: Prompts) -> float:
+    return _operations(lambda: mezo.step(batch)) / _operations(lambda: ours.step(batch))
+
+
+def _operations(work: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
 def _seconds(work: Callable[[], Any]) -> float:
     """CPU seconds where the work is the CPU's, else seconds until the device is done."""
     if not torch.cuda.is_available():
@@ -126,7 +141,7 @@ def _ratio(name: str, values: Sequence[float]) -> Figures:
 
 def _memory(shape: str, dtype: str, batch_size: int, length: int, device: str) -> Figures:
     found: Figures = {}
-    for what in ("step", "inference"):
+    for what in ("step", "full_step", "inference"):
         words = [what, shape, dtype, str(batch_size), str(length), device]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, str(PIECES), *words], capture_output=True, text=True, env=environment)

@@ -1,6 +1,6 @@
 """The pieces of zo_step.py: random OPTs of the sizes compared, the MeZO step as its reference, and our step.
 
-    python benchmarks/zo_step_pieces.py {inference | step} SHAPE DTYPE BATCH LENGTH DEVICE
+    python benchmarks/zo_step_pieces.py {inference | step | full_step} SHAPE DTYPE BATCH LENGTH DEVICE
 
 prints the peak of memory above the loaded model.
 """
@@ -26,6 +26,7 @@ from lorica.adapters import injection
 from lorica.adapters.injection import Live
 from lorica.optim.directions import Directions
 from lorica.optim.probes import Probing
+from lorica.optim.streamed import StreamedDescent, StreamedZerothOrder
 from lorica.optim.updates import update_rule
 from lorica.optim.zeroth_order import ZerothOrder
 from lorica.tasks.batching import ChoiceBatch
@@ -194,6 +195,26 @@ class Ours:
         return self.probing.losses(self.objective, self.trainable, [batch.ours()], offsets).tolist()
 
 
+@dataclass
+class Whole:
+    """Our step of a whole model, without adapters: every parameter is probed and moved."""
+
+    model: Any
+
+    def step(self, batch: Prompts, num_steps: int = 1) -> None:
+        trainable = dict(self.model.named_parameters())
+        estimator = StreamedZerothOrder("spsa", EPSILON)
+        fit(
+            LossModule(self.model, "classification"),
+            trainable,
+            itertools.repeat(batch.ours()),
+            estimator=estimator,
+            optimizer=StreamedDescent(trainable, estimator, learning_rate=RATE),
+            learning_rate=lambda step: RATE,
+            num_steps=num_steps,
+        )
+
+
 def with_adapters(model: Any) -> tuple[Live, Mezo]:
     """The same random adapter on the model, ours, and on another model of the same parameters, MeZO's."""
     theirs = sharing(model)
@@ -219,11 +240,11 @@ def body(model: Any, batch: Prompts) -> Callable[[], Any]:
 def memory(what: str, shape: str, dtype: str, batch_size: int, length: int, device: str) -> dict[str, float]:
     """MiB of the model's parameters, and above the loaded model at the peak of our steps or of scoring the batch."""
     model = random_opt(shape, dtype, device)
-    ours = Ours(with_adapters(model)[0])
+    ours = Whole(model) if what == "full_step" else Ours(with_adapters(model)[0])
     batch = prompts(batch_size, length, device)
 
     def work() -> None:
-        if what == "step":
+        if what != "inference":
             ours.step(batch, num_steps=5)
         else:
             with torch.no_grad():

@@ -6,9 +6,9 @@ import ast
 from pathlib import Path
 
 ROOMS = (
-    *("errors", "randomness", "plugins", "files", "config", "results", "progress"),
+    *("errors", "randomness", "plugins", "files", "config", "results", "progress", "processes"),
     *("adapters", "models", "planning", "tasks", "evaluation", "optim", "training", "studies"),
-    *("merging", "card", "runs", "demo", "tables", "cli"),
+    *("merging", "card", "runs", "demo", "tables", "cli", "__main__"),
 )
 PACKAGE = Path(__file__).parents[1] / "src" / "lorica"
 

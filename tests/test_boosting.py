@@ -24,7 +24,7 @@ from lorica.errors import AdapterFormatError, LoricaError
 from lorica.evaluation.evaluate import Evaluation
 from lorica.models import Base
 from lorica.optim.updates import update_rule
-from lorica.runs import round_trainer
+from lorica.runs import steps
 from lorica.training.boosting import Foundation, improves
 from lorica.training.ledger import Entry, Ledger
 
@@ -97,7 +97,7 @@ def test_every_round_has_a_fresh_optimizer_over_its_own_booster(
         assert not made[-1][1].state
         return made[-1][1]
 
-    monkeypatch.setattr(round_trainer, "update_rule", recorded)
+    monkeypatch.setattr(steps, "update_rule", recorded)
     words = ("max_steps=9", "boosting.steps_per_iteration=3", "optimizer=momentum", f"trainer={trainer}")
     run = train(data, tmp_path / "run", "adapter.kind=xgblora", "boosting.train_factors=both", *words)
     assert len(made) == 3 and len({id(optimizer) for _, optimizer in made}) == 3

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
 from lorica.errors import UnknownNameError
-from lorica.evaluation.metrics import METRICS, Array, scored
+from lorica.evaluation.metrics import METRICS, Array, mean_score, scored
 
 NAMES = ("accuracy", "macro_f1")
 
@@ -31,6 +31,24 @@ def test_metrics_agree_with_scikit_learn(given_answers: tuple[Array, Array, int]
     assert found["accuracy"].value == pytest.approx(accuracy_score(labels, predictions))
     assert found["macro_f1"].value == pytest.approx(f1_score(labels, predictions, average="macro", zero_division=0))
     assert {score.n for score in found.values()} == {len(labels)}
+
+
+@given(answers())
+def test_f1a_is_the_second_classs(given_answers: tuple[Array, Array, int]) -> None:
+    labels, predictions = (each % 2 for each in given_answers[:2])
+    found = scored(["f1a"], labels, predictions, 2)["f1a"]
+    assert found.value == pytest.approx(f1_score(labels, predictions, zero_division=0))
+    assert 0.0 <= found.low <= found.high <= 1.0
+
+
+@given(answers())
+def test_a_mean_of_examples_agrees_with_the_metric_of_their_counts(given_answers: tuple[Array, Array, int]) -> None:
+    labels, predictions, num_classes = given_answers
+    found = mean_score((labels == predictions).astype(float))
+    expected = scored(["accuracy"], labels, predictions, num_classes)["accuracy"]
+    assert found.value == pytest.approx(expected.value) and found.n == expected.n
+    assert found.low <= found.value <= found.high
+    assert abs(found.high - expected.high) <= 1.01 * max(0.1, 1 / found.n)  # the same law, other draws
 
 
 @given(answers())
@@ -89,7 +107,7 @@ def test_all_right_and_all_wrong_are_certain() -> None:
 def test_an_unknown_metric_names_the_near_one() -> None:
     with pytest.raises(UnknownNameError, match="accuracy"):
         scored(["acuracy"], np.array([0]), np.array([0]), 2)
-    assert set(METRICS) == set(NAMES)
+    assert set(METRICS) == {*NAMES, "f1a"}
 
 
 def test_a_record_holds_the_whole_score() -> None:

@@ -57,7 +57,9 @@ def test_a_run_leaves_its_whole_folder(data: Path, tmp_path: Path, trainer: str)
     assert printed.strip().splitlines()[-1] == str(run)
     assert {each.name for each in run.iterdir()} == {
         *("config.yaml", "origin.json", "record.json", "README.md", "adapter", "eval_results_test.json"),
+        "predictions_test.parquet",
         *("training_loss.jsonl", "eval_loss.jsonl", "best_adapter", "trainer_state.json", ".lock"),
+        *(("replay.jsonl",) if trainer == "spsa" else ()),
     }
     steps = files.read_records(run / "training_loss.jsonl")
     assert [step["step"] for step in steps] == list(range(1, 7))

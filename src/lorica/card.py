@@ -1,20 +1,33 @@
-"""The model card that a run leaves beside its adapter: what it is, how well it does, how to load it."""
+"""The model card that a run leaves: what was trained, how well it does, how to load it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class About:
+    """What a card says of the thing that was trained: in words, by its size, how it is used."""
+
+    what: str
+    num_parameters: int
+    usage: str
+    tags: Sequence[str]
+    library: str
+    fitted: str | None = None  # how it was trained, where that was not by steps
+
 
 TEMPLATE = """---
 base_model: {base_model}
-library_name: peft
-tags: [lora, lorica]
+library_name: {library}
+tags: [{tags}]
 ---
 
 # {title}
 
-A LoRA adapter of rank {rank} (alpha {alpha:g}) on {num_modules} modules ({modules}) of `{base_model}`, trained by
-{trainer} on the task `{task}`: {num_parameters:,} trainable parameters{heads}.
+{what} of `{base_model}`, trained {by}on the task `{task}`: {num_parameters:,} trainable parameters.
 
 ## How well it does
 
@@ -24,9 +37,7 @@ A LoRA adapter of rank {rank} (alpha {alpha:g}) on {num_modules} modules ({modul
 
 ## How it was trained
 
-{num_steps} steps of batch {batch_size}, {optimizer} at learning rate {learning_rate:g} ({schedule}), seed {seed}:
-{forwards:,} forward passes and {tokens:,} tokens in {seconds:.1f} s. The loss went from {first_loss:.4f} (mean of the
-first tenth of the steps) to {last_loss:.4f} (mean of the last). {examples}
+{trained} {examples}
 
 {rounds}Everything that was set is in `config.yaml`, every step in `training_loss.jsonl`, versions and command in
 `origin.json`.
@@ -37,30 +48,108 @@ first tenth of the steps) to {last_loss:.4f} (mean of the last). {examples}
 lorica evaluate {folder}
 ```
 
-```python
+{usage}
+"""
+
+STEPS = """
+{num_steps} steps of batch {batch_size}, {optimizer} at learning rate {learning_rate:g} ({schedule}), seed {seed}:
+{forwards:,} forward passes and {tokens:,} tokens in {seconds:.1f} s. The loss went from {first_loss:.4f} (mean of the
+first tenth of the steps) to {last_loss:.4f} (mean of the last).
+""".strip()
+
+ADAPTER_USAGE = """```python
 from pathlib import Path
 from lorica import inject, load_adapter, load_base
 
 base = load_base("{base_model}", kind="{kind}"{num_labels})
-live = inject(base.model, load_adapter(Path("{folder}/adapter")))
+live = inject(base.model, load_adapter(Path("FOLDER/adapter")))
 ```
 
-The folder `adapter/` is an ordinary PEFT adapter: `peft.PeftModel.from_pretrained(model, "{folder}/adapter")` loads
-it too.
-"""
+The folder `adapter/` is an ordinary PEFT adapter: `peft.PeftModel.from_pretrained(model, "FOLDER/adapter")` loads it
+too."""
 
 
-def run_card(
+def adapter(
     *,
-    config: Mapping[str, Any],
-    task: str,
     base_model: str,
     kind: str,
     num_labels: int,
     modules: Sequence[str],
     rank: int,
+    alpha: float,
     heads: Sequence[str],
     num_parameters: int,
+) -> About:
+    """What a card says of an adapter."""
+    names = ", ".join(sorted({path.rpartition(".")[2] for path in modules}))
+    trained_heads = f" and the head {', '.join(heads)}" if heads else ""
+    return About(
+        f"A LoRA adapter of rank {rank} (alpha {alpha:g}) on {len(modules)} modules ({names}){trained_heads}",
+        num_parameters,
+        ADAPTER_USAGE.format(
+            base_model=base_model,
+            kind=kind,
+            num_labels=_with_labels(kind, num_labels),
+        ),
+        tags=("lora", "lorica"),
+        library="peft",
+    )
+
+
+MODEL_USAGE = """```python
+from lorica import load_base
+
+base = load_base("FOLDER/model", kind="{kind}"{num_labels})
+```
+
+The folder `model/` is an ordinary transformers checkpoint."""
+
+
+def model(*, kind: str, num_labels: int, num_parameters: int) -> About:
+    """What a card says of a model that was trained whole."""
+    usage = MODEL_USAGE.format(kind=kind, num_labels=_with_labels(kind, num_labels))
+    return About("All parameters", num_parameters, usage, tags=("full", "lorica"), library="transformers")
+
+
+PREFIX_USAGE = """The folder `adapter/` is an ordinary PEFT prefix: `peft.PeftModel.from_pretrained(model,
+"FOLDER/adapter")` loads it."""
+
+
+def prefix(*, num_tokens: int, num_layers: int, num_parameters: int) -> About:
+    """What a card says of a prefix."""
+    what = f"A prefix of {num_tokens} keys and values in each of the {num_layers} layers"
+    return About(what, num_parameters, PREFIX_USAGE, tags=("prefix-tuning", "lorica"), library="peft")
+
+
+FITTED = """
+Nothing was trained by steps: the {num_features} features that come in to `{layer}` were computed once for each example,
+and scikit-learn's LogisticRegression was fitted to them. C = {strength:g} has the least cross-entropy on dev.
+""".strip()
+PROBE_USAGE = "The folder `adapter/` holds the heads alone: `lorica evaluate FOLDER/adapter task=NAME` lays them on."
+
+
+def linear_probe(*, layer: str, num_features: int, strength: float, num_parameters: int) -> About:
+    """What a card says of a linear probe."""
+    return About(
+        f"A linear classifier (`{layer}`) on the frozen features",
+        num_parameters,
+        PROBE_USAGE,
+        tags=("linear-probe", "lorica"),
+        library="peft",
+        fitted=FITTED.format(num_features=num_features, layer=layer, strength=strength),
+    )
+
+
+def _with_labels(kind: str, num_labels: int) -> str:
+    return f", num_labels={num_labels}" if kind == "classification" else ""
+
+
+def run_card(
+    *,
+    about: About,
+    config: Mapping[str, Any],
+    task: str,
+    base_model: str,
     num_examples: Mapping[str, int],
     evaluation: Mapping[str, Any],
     losses: Sequence[float],
@@ -69,25 +158,32 @@ def run_card(
     folder: str,
 ) -> str:
     """The card of one training run, as Markdown; every figure comes from the run's own record."""
-    tenth = max(1, len(losses) // 10)
     rows = [
         f"| {name} | {score['value']:.4f} | {score['low']:.4f} to {score['high']:.4f} | {score['n']} |"
         for name, score in evaluation["metrics"].items()
     ]
-    names = sorted({path.rpartition(".")[2] for path in modules})
     return TEMPLATE.format(
         base_model=base_model,
+        library=about.library,
+        tags=", ".join(about.tags),
         title=f"{task} on {base_model.rstrip('/').rpartition('/')[2]}",
-        rank=rank,
-        alpha=config["adapter"]["alpha"],
-        num_modules=len(modules),
-        modules=", ".join(names),
-        trainer=config["trainer"],
+        what=about.what,
+        by="" if about.fitted else f"by {config['trainer']} ",
         task=task,
-        num_parameters=num_parameters,
-        heads=f", the head {', '.join(heads)} included" if heads else "",
+        num_parameters=about.num_parameters,
         split=evaluation["split"],
         metric_rows="\n".join(rows),
+        trained=about.fitted or _steps(config, losses, last_step),
+        examples="Examples: " + ", ".join(f"{count} {split}" for split, count in num_examples.items()) + ".",
+        rounds=_rounds(rounds),
+        folder=folder,
+        usage=about.usage.replace("FOLDER", folder),
+    )
+
+
+def _steps(config: Mapping[str, Any], losses: Sequence[float], last_step: Mapping[str, Any]) -> str:
+    tenth = max(1, len(losses) // 10)
+    return STEPS.format(
         num_steps=last_step.get("step", 0),
         batch_size=config["batch_size"] * config["gradient_accumulation_steps"],
         optimizer=config["optimizer"],
@@ -99,11 +195,6 @@ def run_card(
         seconds=last_step.get("seconds", 0.0),
         first_loss=sum(losses[:tenth]) / tenth if losses else float("nan"),
         last_loss=sum(losses[-tenth:]) / tenth if losses else float("nan"),
-        examples="Examples: " + ", ".join(f"{count} {split}" for split, count in num_examples.items()) + ".",
-        rounds=_rounds(rounds),
-        folder=folder,
-        kind=kind,
-        num_labels=f", num_labels={num_labels}" if kind == "classification" else "",
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from lorica import __version__
 from lorica.errors import ConfigError, LoricaError
 
 if TYPE_CHECKING:
+    from lorica.runs import Trained
     from lorica.runs.merge import MergedRun
 
 app = typer.Typer(
@@ -28,16 +30,27 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+mezo_app = typer.Typer(name="lorica-mezo", add_completion=False, pretty_exceptions_enable=False)
 WORDS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
-OUT = Console()
+OUT = Console(quiet=os.environ.get("RANK", "0") != "0")  # of the processes that torchrun starts, the first speaks
 ERR = Console(stderr=True)
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit code 2, never a traceback."""
+    """Run the command line."""
+    _run(app)
+
+
+def mezo() -> None:
+    """Run `lorica-mezo`."""
+    _run(mezo_app)
+
+
+def _run(commands: typer.Typer) -> None:
+    """A user's mistake is one line on stderr and exit code 2, never a traceback."""
     warnings.simplefilter("default")
     try:
-        app()
+        commands()
     except LoricaError as error:
         ERR.print(f"[bold red]error:[/] {_escaped(' '.join(str(error).split()))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
@@ -62,9 +75,29 @@ def train(context: typer.Context) -> None:
     adapter.rank=8 · lorica train --model_name facebook/opt-350m --task_name SST2 --lora --lora_r 8 --trainer zo
     """
     with _imports():
-        from lorica import config, runs, tables
+        from lorica import config, runs
 
     trained = runs.train(config.read(config.TrainConfig, context.args), ERR)
+    _print_trained(trained)
+
+
+@mezo_app.command(context_settings=WORDS)
+def from_environment(context: typer.Context) -> None:
+    """Train as MeZO's mezo.sh does: MODE=lora TASK=SST2 MODEL=M lorica-mezo key=value --flag VALUE.
+
+    Reads MODE (ft, prefix, lora, xgblora), TASK, MODEL, BS, LR, EPS, SEED, TRAIN, DEV, EVAL, STEPS, EVAL_STEPS and
+    XGBLORA_STEPS from the environment; the words behind it are those of `lorica train`, and win.
+    """
+    with _imports():
+        from lorica import config, runs
+
+    beneath = config.mezo.tree_of(os.environ)
+    _print_trained(runs.train(config.read(config.TrainConfig, context.args, beneath), ERR))
+
+
+def _print_trained(trained: Trained) -> None:
+    from lorica import tables
+
     OUT.print(tables.evaluations([(trained.run.path.name, trained.evaluation)]))
     OUT.print(str(trained.run.path), highlight=False, soft_wrap=True)
 
@@ -82,6 +115,27 @@ def evaluate(context: typer.Context) -> None:
 
 
 @app.command(context_settings=WORDS)
+def replay(context: typer.Context) -> None:
+    """Rebuild a zeroth-order run from its base model and its log alone: lorica replay RUN output_dir=DIR.
+
+    Exit code 0 if the result is the run's own, bit for bit; 1 if it differs, with the first steps that do.
+    """
+    with _imports():
+        from lorica import config, runs
+
+    targets = _leading(context.args)
+    if len(targets) != 1:
+        raise ConfigError(f"replay takes one run, and was given {len(targets)}: lorica replay RUN output_dir=DIR")
+    done = runs.replay(targets[0], config.read(config.ReplayConfig, context.args[1:]))
+    for remark in done.remarks:
+        ERR.print(f"warning: {remark}", highlight=False, markup=False, soft_wrap=True)
+    OUT.print(done.told(), highlight=False, soft_wrap=True)
+    if done.folder is not None:
+        OUT.print(str(done.folder), highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(0 if done.is_identical else 1)
+
+
+@app.command(context_settings=WORDS)
 def export(context: typer.Context) -> None:
     """Write a run's adapter for other programs: lorica export RUN output_dir=DIR rank=8 profile=portable fuse=true."""
     with _imports():
@@ -91,9 +145,7 @@ def export(context: typer.Context) -> None:
     if len(targets) != 1:
         raise ConfigError(f"export takes one run, and was given {len(targets)}: lorica export RUN output_dir=DIR")
     done = runs.export(targets[0], config.read(config.ExportConfig, context.args[1:]))
-    boosters = f", {done.num_boosters} boosters" if done.num_boosters else ""
-    lost = f"; relative error {done.total_error:.4f} in all, {done.worst_error:.4f} in the worst module"
-    OUT.print(f"rank {done.rank}{boosters}{lost if done.worst_error else ', exact'}", highlight=False)
+    OUT.print(done.told(), highlight=False)
     OUT.print(str(done.folder), highlight=False, soft_wrap=True)
 
 

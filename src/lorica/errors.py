@@ -56,6 +56,10 @@ class NonFiniteLossError(LoricaError, ArithmeticError):
     """The loss is NaN or infinite too often to go on."""
 
 
+class DriftError(LoricaError, ArithmeticError):
+    """The processes of one run do not hold the same parameters."""
+
+
 class MissingExtraError(LoricaError, ImportError):
     """An optional library is needed and not installed."""
 

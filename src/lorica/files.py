@@ -224,12 +224,18 @@ def open_regular(path: Path, limit_bytes: int | None = None) -> BufferedReader:
 
 def append_record(path: Path, record: Record) -> None:
     """Append one JSON line, whole: one write under a lock, after a torn line of a killed writer is cut away."""
-    line = record_line(record).encode()
+    append_lines(path, record_line(record))
+
+
+def append_lines(path: Path, lines: str, *, durable: bool = False) -> None:
+    """Append whole lines as `append_record` appends one; `durable` waits until the disk has them."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         _cut_torn_tail(descriptor)
-        os.write(descriptor, line)
+        os.write(descriptor, lines.encode())
+        if durable:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

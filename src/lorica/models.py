@@ -14,6 +14,7 @@ import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 from lorica import randomness
@@ -210,6 +211,32 @@ def longest_input(base: Base) -> int:
     """The most tokens that the model can read at once; a million where neither model nor tokenizer states a limit."""
     stated = (getattr(base.model.config, "max_position_embeddings", None), base.tokenizer.model_max_length)
     return min([1_000_000, *(limit for limit in stated if isinstance(limit, int) and limit > 0)])
+
+
+# Families whose layers take a past that was not computed from tokens, and place what follows by position_ids and mask.
+TAKE_A_PREFIX = ("gpt2", "llama", "opt", "qwen2")
+
+
+@torch.no_grad()
+def past(base: Base, tokens: Tensor) -> Tensor:
+    """(layers, 2, heads, tokens, dim) float32: the keys and values that a causal model makes of one row of tokens (t,).
+
+    Raises ModelError for a model that would not take such a past as a prefix.
+    """
+    family = base.model.config.model_type
+    if base.kind != "causal" or family not in TAKE_A_PREFIX:
+        raise ModelError(
+            f"adapter.kind=prefix: {base.name} is a {base.kind} model of the family {family}, and a prefix is known to "
+            f"work for causal models of {', '.join(TAKE_A_PREFIX)}: use adapter.kind=lora"
+        )
+    layers = base.model(input_ids=tokens[None].to(base.model.device), use_cache=True).past_key_values.layers
+    return torch.stack([torch.cat([layer.keys, layer.values]) for layer in layers]).float()
+
+
+def cache(base: Base, values: Tensor) -> Any:
+    """The model's cache of a past (rows, layers, 2, heads, tokens, dim), in its dtype."""
+    pairs = values.to(base.model.dtype).permute(1, 2, 0, 3, 4, 5)  # (layers, 2, rows, heads, tokens, dim)
+    return transformers.DynamicCache([(pair[0], pair[1]) for pair in pairs])
 
 
 def is_transposed(base: Base, paths: Iterable[str]) -> bool:

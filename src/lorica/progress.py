@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -21,7 +22,10 @@ Item = TypeVar("Item")
 
 
 def bar(transient: bool = False, wanted: bool = True) -> Progress:
-    """A progress bar on stderr, drawn if it is wanted and stderr a terminal; fields `note` are shown behind it."""
+    """A progress bar on stderr, drawn if it is wanted and stderr a terminal; fields `note` are shown behind it.
+
+    Of several processes that torchrun started the first alone draws.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -31,7 +35,7 @@ def bar(transient: bool = False, wanted: bool = True) -> Progress:
         TextColumn("{task.fields[note]}"),
         console=_console(),
         transient=transient,
-        disable=not (wanted and sys.stderr.isatty()),
+        disable=not (wanted and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"),
     )
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lorica
 from lorica import files
@@ -52,16 +52,28 @@ class RunFolder:
         return self.path / "training_loss.jsonl"
 
     @property
+    def replay(self) -> Path:
+        return self.path / "replay.jsonl"
+
+    @property
     def eval_loss(self) -> Path:
         return self.path / "eval_loss.jsonl"
 
     @property
     def adapter(self) -> Path:
-        return self.path / "adapter"
+        return self.outcome("adapter")
 
     @property
-    def best_adapter(self) -> Path:
-        return self.path / "best_adapter"
+    def model(self) -> Path:
+        return self.outcome("model")
+
+    def outcome(self, place: Literal["adapter", "model"]) -> Path:
+        """Where what was trained is kept."""
+        return self.path / place
+
+    def best(self, place: Literal["adapter", "model"]) -> Path:
+        """Where it is kept as it stood at the best dev loss."""
+        return self.path / f"best_{place}"
 
     @property
     def checkpoints(self) -> Path:
@@ -77,6 +89,9 @@ class RunFolder:
 
     def evaluation(self, split: str) -> Path:
         return self.path / f"eval_results_{split}.json"
+
+    def predictions(self, split: str) -> Path:
+        return self.path / f"predictions_{split}.parquet"
 
 
 def new_run(output_dir: str | None, name: str) -> RunFolder:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from lorica.adapters.lora import LoraLinear
+from lorica.adapters.prefix import Direct
 
 
 def can_branch(model: nn.Module, names: Sequence[str]) -> bool:
-    """Whether each of these parameters belongs to a live layer, or to a linear module outside the blocks (a head's)."""
+    """Whether each of these parameters is a live layer's, a prefix's, or a linear head's outside the blocks."""
     stacks = _stacks(model)
     return all(
-        isinstance(owner, LoraLinear) or (type(owner) is nn.Linear and _place(path, stacks) is None)
+        isinstance(owner, LoraLinear | Direct) or (type(owner) is nn.Linear and _place(path, stacks) is None)
         for path, owner in _owners(model, names).items()
     )
 

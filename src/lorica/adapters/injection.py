@@ -145,14 +145,26 @@ class Live:
         for layer in self.layers.values():
             layer.A.requires_grad_(factors == "both")
 
-    @torch.no_grad()
     def put(self, adapter: Adapter) -> None:
         """Write an adapter's factors and heads into the live parameters; it must have the same modules and ranks."""
+        factors = {f"{path}.{name}": getattr(each, name) for path, each in adapter.updates.items() for name in "AB"}
+        heads = {f"{path}.{name}": value for path, head in adapter.heads.items() for name, value in head.items()}
+        self.restore(factors | heads)
+
+    def state(self) -> dict[str, Tensor]:
+        """Name in the model -> value of every factor and of everything in the heads, copied."""
+        factors = {f"{path}.{name}": getattr(layer, name) for path, layer in self.layers.items() for name in "AB"}
+        heads = {f"{path}.{name}": value for path, head in self.heads.items() for name, value in _state(head).items()}
+        return {name: value.detach().clone() for name, value in factors.items()} | heads
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Write a state into the live factors and heads."""
         for path, layer in self.layers.items():
-            layer.A.copy_(adapter.updates[path].A)
-            layer.B.copy_(adapter.updates[path].B)
+            layer.A.copy_(state[f"{path}.A"])
+            layer.B.copy_(state[f"{path}.B"])
         for path, head in self.heads.items():
-            head.load_state_dict(dict(adapter.heads[path]))
+            head.load_state_dict({name: state[f"{path}.{name}"] for name in head.state_dict()})
 
     def set_dropout_generator(self, generator: torch.Generator) -> None:
         """Let every layer's dropout draw from `generator`."""

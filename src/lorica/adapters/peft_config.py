@@ -58,7 +58,18 @@ REWRITES_BASE = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config of a PEFT folder. Raises MissingPathError, or AdapterFormatError for what is no LoRA's."""
+    """The config of a LoRA's folder. Raises as `read_any` does, and AdapterFormatError for what is no LoRA's."""
+    path, config = folder / CONFIG_FILE, read_any(folder)
+    if config.get("peft_type") != "LORA":
+        raise AdapterFormatError(f"{path}: peft_type is {config.get('peft_type')!r}, only LORA adapters are read")
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        raise AdapterFormatError(f"{path}: base_model_name_or_path must be a name")
+    _refuse_what_is_no_update(path, config)
+    return config
+
+
+def read_any(folder: Path) -> dict[str, Any]:
+    """The config of a PEFT folder of any kind. Raises MissingPathError, or AdapterFormatError for what is no config."""
     path = folder / CONFIG_FILE
     if not path.parent.is_dir():
         raise MissingPathError(f"no adapter folder {str(path.parent)!r}")
@@ -69,12 +80,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterFormatError(str(error)) from None
     except (ValueError, RecursionError) as error:
         raise AdapterFormatError(f"{path} is not JSON that can be read: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterFormatError(f"{path}: peft_type is {found!r}, only LORA adapters are read")
-    if not isinstance(config.get("base_model_name_or_path"), str | None):
-        raise AdapterFormatError(f"{path}: base_model_name_or_path must be a name")
-    _refuse_what_is_no_update(path, config)
+    if not isinstance(config, dict):
+        raise AdapterFormatError(f"{path}: peft_type is {type(config).__name__!r}, only LORA adapters are read")
     return config
 
 

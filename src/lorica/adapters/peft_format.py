@@ -101,12 +101,12 @@ def write_into(
         tensors[f"{PREFIX}{path}.lora_B.weight"] = update.B
     for path, head in adapter.heads.items():
         tensors |= {f"{PREFIX}{path}.{part}": tensor for part, tensor in head.items()}
-    tensors = _apart(tensors)
+    tensors = apart(tensors)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on the CPU; those that share memory are copied, for safetensors refuses them."""
     found: dict[str, Tensor] = {}
     taken: set[int] = set()

@@ -1,5 +1,6 @@
 """One schema for every verb, filled from YAML files, `key=value` words and flags. Imports no torch."""
 
+from lorica.config import mezo
 from lorica.config.flags import FLAGS, Flag
 from lorica.config.merging import (
     EvalSubsetConfig,
@@ -19,6 +20,8 @@ from lorica.config.schema import (
     ExportConfig,
     ModelConfig,
     PlanConfig,
+    PrefixConfig,
+    ReplayConfig,
     TaskConfig,
     TrainConfig,
     ZerothOrderConfig,
@@ -38,6 +41,8 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PlanConfig",
+    "PrefixConfig",
+    "ReplayConfig",
     "SearchConfig",
     "SweepConfig",
     "TaskConfig",
@@ -48,6 +53,7 @@ __all__ = [
     "documented",
     "dump",
     "keys",
+    "mezo",
     "read",
     "read_yaml",
 ]

@@ -8,11 +8,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Flag:
-    """What a flag of the older tools sets: a key, and how its words translate; `constant` for a bare switch."""
+    """What a flag of the older tools sets: a key, and how its words translate; `constant` for a bare switch.
+
+    Where lorica knows but one way, `always` says which: the flag may say so, and sets nothing.
+    """
 
     key: str
     words: dict[str, Any] | None = None
     constant: Any = None
+    always: str | None = None
 
 
 FLAGS: dict[str, Flag] = {
@@ -23,6 +27,11 @@ FLAGS: dict[str, Flag] = {
     "lora_r": Flag("adapter.rank"),
     "lora_alpha": Flag("adapter.alpha"),
     "lora_dropout": Flag("adapter.dropout"),
+    "prefix_tuning": Flag("adapter.kind", constant="prefix"),
+    "num_prefix": Flag("prefix.num_tokens"),
+    "no_reparam": Flag("prefix.reparameterize", constant=False),
+    "prefix_init_by_real_act": Flag("prefix.init", constant="real_activations"),
+    "linear_probing": Flag("adapter.kind", constant="linear_probe"),
     "xgblora": Flag("adapter.kind", constant="xgblora"),
     "xgblora_steps_per_iteration": Flag("boosting.steps_per_iteration"),
     "xgblora_merge_frequency": Flag("boosting.merge_frequency"),
@@ -40,7 +49,10 @@ FLAGS: dict[str, Flag] = {
     "num_dev": Flag("task.num_dev"),
     "num_eval": Flag("task.num_eval"),
     "train_set_seed": Flag("task.train_set_seed"),
+    "sfc": Flag("task.sfc", constant=True),
     "train_as_classification": Flag("train_as", constant="classification"),
+    "only_train_option": Flag("train_as", always="the loss is that of the answer's tokens, not of the whole text"),
+    "non_diff": Flag("zo.objective", constant="accuracy"),
     "per_device_train_batch_size": Flag("batch_size"),
     "per_device_eval_batch_size": Flag("eval_batch_size"),
     "num_train_epochs": Flag("num_epochs"),

@@ -6,8 +6,9 @@ YAML; two words that set one key to different values contradict each other and a
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -25,12 +26,12 @@ ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 
-def read(schema: type[AnyConfig], words: Sequence[str]) -> AnyConfig:
-    """A checked config from YAML paths, `key=value` words and flags.
+def read(schema: type[AnyConfig], words: Sequence[str], beneath: Mapping[str, Any] | None = None) -> AnyConfig:
+    """A checked config from YAML paths, `key=value` words and flags, all laid over what lies `beneath`.
 
     Raises ConfigError (bad value, contradiction), UnknownNameError (unknown key), MissingPathError (no such file).
     """
-    tree: dict[str, Any] = {}
+    tree: dict[str, Any] = copy.deepcopy(dict(beneath or {}))
     given: dict[str, tuple[str, Any]] = {}
     for source, key, value in _assignments(schema, words):
         if key is None:
@@ -121,7 +122,7 @@ def _assignments(schema: type[Section], words: Sequence[str]) -> Iterator[tuple[
             raise ConfigError(f"cannot read {word!r}: give FILE.yaml, key=value or --flag VALUE")
 
 
-def _flag(word: str, queue: list[str], known: dict[str, Any]) -> tuple[str, str, Any]:
+def _flag(word: str, queue: list[str], known: dict[str, Any]) -> tuple[str, str | None, Any]:
     name, has_value, text = word.removeprefix("--").partition("=")
     name = name.replace("-", "_")
     flag = FLAGS.get(name) or (Flag(name) if name in known else None)
@@ -130,9 +131,13 @@ def _flag(word: str, queue: list[str], known: dict[str, Any]) -> tuple[str, str,
         raise UnknownNameError(plugins.unknown("flag", f"--{name}", [f"--{each}" for each in (*names, *known)]))
     if _is_list(known.get(flag.key)) and not has_value:
         return word, flag.key, _next_values(word, queue)
-    switch = flag.constant is not None or known.get(flag.key) is bool
+    switch = flag.constant is not None or flag.always is not None or known.get(flag.key) is bool
     if not has_value:
         text = _next_value(word, queue, switch)
+    if flag.always is not None:
+        if text.lower() != "true":
+            raise ConfigError(f"{word} {text}: {flag.always}; drop it")
+        return word, None, {}
     if flag.constant is not None:
         if text.lower() != "true":
             raise ConfigError(f"{word} is a switch: it takes no value but true, and was given {text!r}")

@@ -6,6 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from lorica.config import contradictions
+from lorica.config.contradictions import LOW_RANK, refuse_set
+
+DEFAULT_RATES = {"lora": (1e-3, 1e-4), "full": (5e-5, 1e-6), "prefix": (1e-3, 1e-3)}  # by backprop, under zo
+
 
 class Section(BaseModel):
     """A part of the schema: unknown keys are errors, values do not change after they were checked."""
@@ -26,7 +31,7 @@ class ModelConfig(Section):
 class TaskConfig(Section):
     name: str | None = Field(None, description="a catalog task, `hub:OWNER/NAME[:CONFIG]`, or `file:TRAIN_FILE`")
     path: str | None = Field(None, description="local folder with train/dev/test.jsonl and meta.json")
-    kind: Literal["auto", "choice", "classification"] = "auto"
+    kind: Literal["auto", "choice", "classification", "generation"] = "auto"
     files: dict[Literal["train", "dev", "test"], str] = Field({}, description="further files of a `file:` task")
     columns: dict[str, str] = Field({}, description="field of the template -> column of the data")
     label_column: str = "label"
@@ -34,16 +39,22 @@ class TaskConfig(Section):
     prompt: str | None = Field(None, description="name of one of the task's prompts")
     template: str | None = Field(None, description="own prompt, with {field} places; the option's word follows it")
     verbalizer: dict[str, str] | None = Field(None, description="label -> the word that stands for it")
-    num_train: int | None = Field(None, ge=1)
+    sfc: bool = Field(False, description="surface-form calibration: score what the prompt adds to each option")
+    num_train: int | None = Field(None, ge=0, description="under trainer=none, so many demonstrations; None: none")
+    demonstrations: Literal["one_set", "per_example"] = Field(
+        "one_set", description="under trainer=none: the same for all, or drawn anew for each example"
+    )
     num_dev: int | None = Field(None, ge=1)
     num_eval: int | None = Field(None, ge=1)
     stratified: bool = False
     train_set_seed: int = 0
-    max_length: int = Field(512, ge=8, description="tokens; longer prompts lose their start, never their answer")
+    max_length: int = Field(512, ge=8, description="tokens; longer prompts lose the start of their passage alone")
 
 
 class AdapterConfig(Section):
-    kind: Literal["lora", "xgblora"] = Field("lora", description="xgblora: boosting, see the keys boosting.*")
+    kind: Literal["lora", "xgblora", "full", "prefix", "linear_probe"] = Field(
+        "lora", description="xgblora: boosting, see boosting.*; full: no adapter; prefix: see prefix.*"
+    )
     rank: int | None = Field(None, ge=1, description="None: 8, or 1 under xgblora")
     alpha: float | None = Field(None, gt=0, description="scale = alpha / rank; None: 2 · rank, or rank")
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -57,6 +68,24 @@ class AdapterConfig(Section):
         if (self.init == "gaussian") != (self.init_std is not None):
             raise ValueError("adapter.init=gaussian and adapter.init_std=STD go together: give both or neither")
         return self
+
+    @model_validator(mode="after")
+    def _low_rank_keys_are_used(self) -> AdapterConfig:
+        if self.kind not in LOW_RANK:
+            refuse_set(self, "adapter", f"adapter.kind={self.kind} has no low-rank factors: drop it", allowed={"kind"})
+        return self
+
+
+class PrefixConfig(Section):
+    """How adapter.kind=prefix tunes keys and values that stand before every prompt."""
+
+    num_tokens: int = Field(5, ge=1, description="trained pairs of key and value before the prompt, in every layer")
+    reparameterize: bool | None = Field(
+        None, description="train a small network that makes them; None: true by backprop, false under zo"
+    )
+    init: Literal["real_activations", "random"] = Field(
+        "real_activations", description="keys and values of random tokens of the vocabulary, or N(0, 0.02²)"
+    )
 
 
 class BoostingConfig(Section):
@@ -92,7 +121,9 @@ class ZerothOrderConfig(Section):
     num_directions: int = Field(
         1, ge=1, description="directions a step; the gradient is the mean of slope times direction"
     )
-    distribution: Literal["gaussian", "rademacher"] = "gaussian"
+    distribution: Literal["gaussian", "rademacher"] | None = Field(
+        None, description="None: gaussian, or rademacher under adapter.kind=full, where the draws are the cost"
+    )
     train: Literal["auto", "both", "B"] = Field(
         "auto", description="factors that are trained; auto: B, since probing A says nothing while B is zero"
     )
@@ -127,11 +158,16 @@ class TrainConfig(Section):
     task: Task = TaskConfig()
     adapter: AdapterConfig = AdapterConfig()
     boosting: BoostingConfig = BoostingConfig()
-    trainer: Literal["backprop", "zo"] = Field("backprop", description="zo: forward passes alone, see the keys zo.*")
+    prefix: PrefixConfig = PrefixConfig()
+    trainer: Literal["backprop", "zo", "none"] = Field(
+        "backprop", description="zo: forward passes alone, see the keys zo.*; none: the base as it is, in context"
+    )
     zo: ZerothOrderConfig = ZerothOrderConfig()
-    train_as: Literal["auto", "classification", "lm"] = "auto"
+    train_as: Literal["auto", "classification", "lm"] = Field(
+        "auto", description="cross-entropy over the options, or the right answer's words; auto: as the task's users do"
+    )
     optimizer: Literal["adamw", "sgd", "momentum"] | None = Field(None, description="None: adamw, or sgd under zo")
-    learning_rate: float | None = Field(None, ge=0, description="None: 1e-3, or 1e-4 under zo")
+    learning_rate: float | None = Field(None, ge=0, description="None: 1e-3, zo 1e-4; full 5e-5, zo 1e-6")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm; None: no clipping")
     schedule: Literal["constant", "linear", "cosine"] | None = Field(None, description="None: linear; zo constant")
@@ -173,106 +209,98 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _boosting_is_used(self) -> TrainConfig:
-        unused = sorted(self.boosting.model_fields_set) if self.adapter.kind != "xgblora" else []
-        if unused and self.boosting != BoostingConfig():
-            raise ValueError(
-                f"boosting.{unused[0]} is set, and adapter.kind={self.adapter.kind} does not boost: "
-                "add adapter.kind=xgblora (--xgblora), or drop it"
-            )
+        if self.adapter.kind == "lora":
+            reason = "adapter.kind=lora does not boost: add adapter.kind=xgblora (--xgblora), or drop it"
+            refuse_set(self.boosting, "boosting", reason)
+        elif self.adapter.kind != "xgblora":
+            reason = f"boosters are updates of weights, and adapter.kind={self.adapter.kind} has none to lay on"
+            refuse_set(self.boosting, "boosting", reason)
         return self
 
     @model_validator(mode="after")
-    def _zeroth_order_is_used(self) -> TrainConfig:
-        unused = sorted(self.zo.model_fields_set) if self.trainer == "backprop" else []
-        if unused and self.zo != ZerothOrderConfig():
-            raise ValueError(f"zo.{unused[0]} is set, and trainer=backprop takes no probes: add trainer=zo, or drop it")
+    def _prefix_is_used(self) -> TrainConfig:
+        if self.adapter.kind != "prefix":
+            reason = f"adapter.kind={self.adapter.kind} has no prefix: add adapter.kind=prefix (--prefix_tuning)"
+            refuse_set(self.prefix, "prefix", reason)
         return self
 
     @model_validator(mode="after")
-    def _zeroth_order_fits(self) -> TrainConfig:
-        mistakes = _zeroth_order_mistakes(self) if self.trainer == "zo" else []
+    def _kind_fits(self) -> TrainConfig:
+        mistakes = contradictions.of_kind(self)
         if mistakes:
             raise ValueError(mistakes[0])
         return self
 
+    @model_validator(mode="after")
+    def _zeroth_order_is_used(self) -> TrainConfig:
+        if self.trainer != "zo":
+            refuse_set(self.zo, "zo", f"trainer={self.trainer} takes no probes: add trainer=zo, or drop it")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> TrainConfig:
+        mistakes = contradictions.of_no_trainer(self)
+        if mistakes:
+            raise ValueError(mistakes[0])
+        return self
+
+    @model_validator(mode="after")
+    def _zeroth_order_fits(self) -> TrainConfig:
+        mistakes = contradictions.of_zeroth_order(self) if self.trainer == "zo" else []
+        if mistakes:
+            raise ValueError(mistakes[0])
+        return self
+
+    @property
+    def num_prefix(self) -> int:
+        """How many of the model's positions a prefix takes."""
+        return self.prefix.num_tokens if self.adapter.kind == "prefix" else 0
+
     def resolved(self) -> TrainConfig:
         """The same config with every default that depends on another key filled in."""
-        zeroth_order, boosted = self.trainer == "zo", self.adapter.kind == "xgblora"
-        rank = self.adapter.rank or (1 if boosted else 8)
-        alpha = self.adapter.alpha or (1.0 if boosted else 2.0) * rank
+        kind = self.adapter.kind
+        if self.trainer == "none":
+            return self
+        if kind == "linear_probe":
+            return self.model_copy(
+                update={"max_steps": 0, "task": self.task.model_copy(update={"kind": "classification"})}
+            )
+        zeroth_order = self.trainer == "zo"
+        rate = DEFAULT_RATES.get(kind, DEFAULT_RATES["lora"])[zeroth_order]
         steps = 1000 if self.max_steps is None and self.num_epochs is None else self.max_steps
         return self.model_copy(
             update={
                 "optimizer": self.optimizer or ("sgd" if zeroth_order else "adamw"),
                 "schedule": self.schedule or ("constant" if zeroth_order else "linear"),
-                "learning_rate": (1e-4 if zeroth_order else 1e-3) if self.learning_rate is None else self.learning_rate,
+                "learning_rate": rate if self.learning_rate is None else self.learning_rate,
                 "max_steps": steps,
-                "adapter": self.adapter.model_copy(update={"rank": rank, "alpha": alpha}),
-                **(self._factors() if zeroth_order else {}),
+                **(self._low_rank_sections() if kind in LOW_RANK else {}),
+                **(self._zeroth_order_sections() if zeroth_order else {}),
+                **(self._prefix_section() if kind == "prefix" else {}),
             }
         )
 
-    def _factors(self) -> dict[str, Any]:
-        """The sections that say which factors trainer=zo trains, in agreement."""
+    def _low_rank_sections(self) -> dict[str, Any]:
+        boosted = self.adapter.kind == "xgblora"
+        rank = self.adapter.rank or (1 if boosted else 8)
+        alpha = self.adapter.alpha or (1.0 if boosted else 2.0) * rank
+        return {"adapter": self.adapter.model_copy(update={"rank": rank, "alpha": alpha})}
+
+    def _zeroth_order_sections(self) -> dict[str, Any]:
+        """With the factors that are trained, of which two sections speak, in agreement."""
+        default = "rademacher" if self.adapter.kind == "full" else "gaussian"
+        zo = self.zo.model_copy(update={"distribution": self.zo.distribution or default})
+        if self.adapter.kind not in LOW_RANK:
+            return {"zo": zo}
         asked = self.boosting.train_factors if "train_factors" in self.boosting.model_fields_set else "B"
         factors = asked if self.zo.train == "auto" else self.zo.train
         boosted = self.adapter.kind == "xgblora"
         boosting = self.boosting.model_copy(update={"train_factors": factors}) if boosted else self.boosting
-        return {"zo": self.zo.model_copy(update={"train": factors}), "boosting": boosting}
+        return {"zo": zo.model_copy(update={"train": factors}), "boosting": boosting}
 
-
-def _zeroth_order_mistakes(cfg: TrainConfig) -> list[str]:
-    """What contradicts itself, or would do nothing, under trainer=zo."""
-    zo, in_update_space = cfg.zo, cfg.zo.space == "update"
-    exact = zo.estimator == "forward_gradient"
-    factors = cfg.boosting.train_factors if "train_factors" in cfg.boosting.model_fields_set else zo.train
-    rules = [
-        (
-            cfg.base_dropout,
-            "base_dropout=true under trainer=zo: two probes would differ by their dropout; drop it",
-        ),
-        (
-            zo.estimator == "one_sided" and zo.num_directions < 2,
-            "zo.estimator=one_sided needs zo.num_directions=2 or more: a probe's baseline is the mean of the others",
-        ),
-        (
-            exact and zo.objective != "loss",
-            f"zo.objective={zo.objective} has no slope to differentiate: use zo.estimator=spsa or one_sided",
-        ),
-        (
-            exact and zo.epsilon != ZerothOrderConfig().epsilon,
-            f"zo.epsilon={zo.epsilon:g} does nothing under zo.estimator=forward_gradient, which is exact: drop it",
-        ),
-        (
-            exact and zo.branches != "auto",
-            f"zo.branches={zo.branches} does nothing under zo.estimator=forward_gradient, which has no probes: drop it",
-        ),
-        (
-            exact and zo.normalize == "std",
-            "zo.normalize=std is the spread of probes, which zo.estimator=forward_gradient does not take: use rms",
-        ),
-        (
-            zo.objective != "loss" and cfg.train_as == "lm",
-            f"zo.objective={zo.objective} compares all options, and train_as=lm sees the gold one: drop one of them",
-        ),
-        (
-            in_update_space and cfg.optimizer == "adamw",
-            "zo.space=update needs optimizer=sgd or momentum: adamw divides the units out again",
-        ),
-        (
-            in_update_space and cfg.max_grad_norm is not None,
-            "max_grad_norm is a norm in the parameters' units: under zo.space=update use zo.clip",
-        ),
-        (
-            (in_update_space or zo.normalize != "none") and cfg.learning_rate is None,
-            "learning_rate has no default under zo.space=update or zo.normalize, which change its units: give one",
-        ),
-        (
-            cfg.adapter.kind == "xgblora" and zo.train not in ("auto", factors),
-            f"zo.train={zo.train} and boosting.train_factors={factors} contradict each other: drop one of them",
-        ),
-    ]
-    return [mistake for made, mistake in rules if made]
+    def _prefix_section(self) -> dict[str, Any]:
+        by_network = self.trainer == "backprop" if self.prefix.reparameterize is None else self.prefix.reparameterize
+        return {"prefix": self.prefix.model_copy(update={"reparameterize": by_network})}
 
 
 class EvaluateConfig(Section):
@@ -305,6 +333,13 @@ class ExportConfig(Section):
     energy: float | None = Field(None, gt=0, le=1, description="compress to the least rank that keeps this share")
     profile: Literal["peft", "portable"] = "peft"
     fuse: bool = Field(False, description="write a whole model with the adapter fused into its weights")
+
+
+class ReplayConfig(Section):
+    """Everything `lorica replay` takes beside the run."""
+
+    output_dir: str | None = Field(None, description="a folder for what was rebuilt; None: it is compared alone")
+    device: str | None = Field(None, description="None: the run's own")
 
 
 class DemoConfig(Section):

@@ -1,4 +1,4 @@
-"""Metrics from the confusion matrix, each with its percentile bootstrap interval."""
+"""Metrics from the confusion matrix or of each example, each with its percentile bootstrap interval."""
 
 from __future__ import annotations
 
@@ -45,7 +45,14 @@ def macro_f1(confusion: Array) -> Array:
     return f1.sum(axis=-1) / np.maximum((total > 0).sum(axis=-1), 1)
 
 
-METRICS: dict[str, Callable[[Array], Array]] = {"accuracy": accuracy, "macro_f1": macro_f1}
+def f1a(confusion: Array) -> Array:
+    """(..., 2, 2) counts -> (...,): F1 of the second class, over all answers of all questions (MultiRC's F1a)."""
+    hits = confusion[..., 1, 1]
+    total = confusion[..., 1, :].sum(axis=-1) + confusion[..., :, 1].sum(axis=-1)
+    return np.divide(2 * hits, total, out=np.zeros(hits.shape), where=total > 0)
+
+
+METRICS: dict[str, Callable[[Array], Array]] = {"accuracy": accuracy, "macro_f1": macro_f1, "f1a": f1a}
 
 
 def scored(
@@ -62,11 +69,23 @@ def scored(
         len(cells), whole.ravel() / len(cells), size=NUM_RESAMPLES
     )
     resampled = draws.reshape(NUM_RESAMPLES, num_classes, num_classes)
-    edges = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
     found = {}
     for name in names:
         if name not in METRICS:
             raise UnknownNameError(plugins.unknown("metric", name, METRICS))
-        low, high = np.quantile(METRICS[name](resampled), edges)
-        found[name] = Score(float(METRICS[name](whole)), float(low), float(high), len(cells))
+        found[name] = _score(float(METRICS[name](whole)), METRICS[name](resampled), len(cells))
     return found
+
+
+def mean_score(values: Array, seed: int = 0) -> Score:
+    """The mean of the examples' values (n,), with its bootstrap interval over examples, drawn from `seed` alone."""
+    kinds, counts = np.unique(values, return_counts=True)  # a resample only counts how often each value comes
+    draws = np.random.Generator(np.random.Philox(seed)).multinomial(
+        len(values), counts / len(values), size=NUM_RESAMPLES
+    )
+    return _score(float(np.mean(values)), draws @ kinds / len(values), len(values))
+
+
+def _score(value: float, resampled: Array, n: int) -> Score:
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Score(value, float(low), float(high), n)

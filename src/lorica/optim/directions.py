@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +30,17 @@ class Directions:
         """(num, size) float32 on the CPU."""
         draw = randomness.normals if self.distribution == "gaussian" else randomness.signs
         return torch.stack([draw(self.seed, "perturbation", step, index, size=size) for index in range(self.num)])
+
+    def of_rows(
+        self, step: int, index: int, name: str, rows: Sequence[int], width: int, device: str | torch.device = "cpu"
+    ) -> Tensor:
+        """(len(rows), width) float32: some rows of the part of direction `index` that belongs to a parameter.
+
+        Keyed by the parameter's name besides, for models whose directions are never held whole; these are other numbers
+        than those of the flat draw.
+        """
+        draw = randomness.normal_rows if self.distribution == "gaussian" else randomness.sign_rows
+        return draw(self.seed, "perturbation", step, index, name, rows=rows, width=width, device=device)
 
 
 def flat_size(parameters: Mapping[str, nn.Parameter]) -> int:

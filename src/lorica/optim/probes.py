@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,8 @@ from lorica import randomness
 from lorica.adapters.branches import can_branch, can_share
 from lorica.errors import ConfigError
 from lorica.optim.directions import flat_size
-from lorica.tasks.batching import Batch
+from lorica.processes import Processes
+from lorica.tasks.batching import Batch, share
 from lorica.tasks.objectives import LossModule, RepeatAt
 
 MAX_TOKENS = {"cpu": 512}  # of a pass of several branches: a larger one is no faster a token, and takes memory
@@ -72,6 +73,8 @@ class Probing:
     first seen, for each number of candidates and each octave of tokens: powers of two are timed until more take longer.
     Branches are taken only if a first batch has the same losses in one pass as in two, at two points well apart.
 
+    Of several processes each evaluates its share of the examples, and the sums are exchanged once.
+
     What is chosen decides how the losses are rounded, so a run that resumes needs `state`.
     """
 
@@ -79,6 +82,7 @@ class Probing:
     timed: bool = False
     repeat_at: RepeatAt | Literal["never", "unknown"] = "unknown"
     chosen: dict[str, int] = field(default_factory=dict)
+    processes: Processes = field(default_factory=Processes)
 
     @torch.no_grad()
     def losses(
@@ -93,8 +97,15 @@ class Probing:
         Raises ConfigError if `max_branches` asks for branches and the model cannot run them.
         """
         points = _flat(trainable).to(offsets.device) + offsets
-        found = [self._losses(Pass(objective, trainable, batch), points) for batch in batches]
-        return torch.stack(found).mean(dim=0).cpu()
+        found = [self._share_of_losses(Pass(objective, trainable, batch), points) for batch in batches]
+        return self.processes.summed(torch.stack(found).mean(dim=0).cpu())
+
+    def _share_of_losses(self, of: Pass, points: Tensor) -> Tensor:
+        """(G,) float64: what this process's examples add to the batch's losses."""
+        mine = share(of.batch, self.processes.rank, self.processes.num)
+        if mine.weight == 0:
+            return points.new_zeros(len(points), dtype=torch.float64)
+        return self._losses(replace(of, batch=mine.batch), points) * mine.weight
 
     def _losses(self, of: Pass, points: Tensor) -> Tensor:
         most = min(len(points), self.max_branches or of.most_branches)

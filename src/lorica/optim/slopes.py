@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +15,34 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lorica.errors import ModelError
 from lorica.optim.directions import sliced
 from lorica.optim.probes import Probing
-from lorica.tasks.batching import Batch
+from lorica.tasks.batching import Batch, share
 from lorica.tasks.objectives import LossModule
 
 SlopesName = Literal["spsa", "one_sided", "forward_gradient"]
 
 
 @dataclass(frozen=True)
-class Around:
-    """The loss around the parameters as they stand: the mean over the batches, and what can be asked of it."""
+class Probe:
+    """A point to take the loss at: so far along a direction of the step."""
 
-    objective: LossModule
-    trainable: Mapping[str, nn.Parameter]
-    batches: Sequence[Batch]
-    probing: Probing
+    direction: int
+    distance: float
 
-    def losses(self, offsets: Tensor) -> list[float]:
-        """The losses at θ + offsets (G, n)."""
-        return self.probing.losses(self.objective, self.trainable, self.batches, offsets).tolist()
+
+class Around(Protocol):
+    """The loss around the parameters as they stand, along the K directions of a step: the mean over its batches."""
+
+    @property
+    def num_directions(self) -> int: ...
+
+    @property
+    def num_batches(self) -> int: ...
+
+    def losses(self, probes: Sequence[Probe]) -> list[float]:
+        """The losses at θ + distance · z of each probe."""
+
+    def along(self) -> list[tuple[float, float]]:
+        """The loss at θ and its exact slope, for each direction."""
 
 
 @dataclass(frozen=True)
@@ -56,59 +66,89 @@ class Slopes:
         return [loss for loss in self.losses if math.isfinite(loss)]
 
 
-Measure = Callable[[Around, Tensor, float], Slopes]
+Measure = Callable[[Around, float], Slopes]
 
 
-def spsa(around: Around, moves: Tensor, epsilon: float) -> Slopes:
+def spsa(around: Around, epsilon: float) -> Slopes:
     """Two-sided SPSA (Spall 1992; MeZO, arXiv 2305.17333): (L(θ+εz) − L(θ−εz)) / 2ε, two forwards a direction."""
-    offsets = torch.stack([moves, -moves], dim=1).mul_(epsilon).flatten(0, 1)  # (2K, n): + and − side by side
-    losses = around.losses(offsets)
+    probes = [Probe(at, distance) for at in range(around.num_directions) for distance in (epsilon, -epsilon)]
+    losses = around.losses(probes)
     slopes = [(plus - minus) / (2 * epsilon) for plus, minus in zip(losses[::2], losses[1::2], strict=True)]
-    return Slopes(slopes, losses, len(offsets) * len(around.batches))
+    return Slopes(slopes, losses, len(probes) * around.num_batches)
 
 
-def one_sided(around: Around, moves: Tensor, epsilon: float) -> Slopes:
+def one_sided(around: Around, epsilon: float) -> Slopes:
     """(L_i − the mean of the other probes' losses) / ε: one forward a direction, and at least two directions.
 
     The baseline leaves the direction's own loss out, so the estimate is unbiased up to O(ε).
     """
-    losses = around.losses(moves * epsilon)
+    losses = around.losses([Probe(at, epsilon) for at in range(around.num_directions)])
     finite = [loss for loss in losses if math.isfinite(loss)]
     total, others = math.fsum(finite), len(finite) - 1
     slopes = [(loss - (total - loss) / others) / epsilon if others > 0 else math.nan for loss in losses]
-    return Slopes(slopes, losses, len(moves) * len(around.batches))
+    return Slopes(slopes, losses, len(losses) * around.num_batches)
 
 
-def forward_gradient(around: Around, moves: Tensor, epsilon: float) -> Slopes:
+def forward_gradient(around: Around, epsilon: float) -> Slopes:
     """⟨∇L, z⟩ exactly, by forward-mode differentiation (Baydin et al. 2022); `epsilon` plays no part.
 
     A pass carries the loss and its slope, which costs as much as two forwards and is counted so.
     """
-    pairs = [_along(around, move) for move in moves]
+    pairs = around.along()
     losses = [loss for loss, _ in pairs]
     slopes = [slope if math.isfinite(loss) else math.nan for loss, slope in pairs]
-    return Slopes(slopes, losses, 2 * len(moves) * len(around.batches))
+    return Slopes(slopes, losses, 2 * len(losses) * around.num_batches)
 
 
 MEASURES: dict[SlopesName, Measure] = {"spsa": spsa, "one_sided": one_sided, "forward_gradient": forward_gradient}
 
 
-@torch.no_grad()
-def _along(around: Around, move: Tensor) -> tuple[float, float]:
-    """The loss at θ and its slope along `move` (n,)."""
-    tangents = sliced(move, around.trainable)
-    loss, slope = 0.0, 0.0
-    with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():  # the fused attention kernels have no forward mode
-        duals = {
-            name: forward_ad.make_dual(parameter.detach(), tangent)  # type: ignore[no-untyped-call]
-            for (name, parameter), tangent in zip(around.trainable.items(), tangents, strict=True)
-        }
-        for batch in around.batches:
-            found = _loss(around.objective, duals, batch)
-            value, derivative = forward_ad.unpack_dual(found)  # type: ignore[no-untyped-call]
-            loss += float(value) / len(around.batches)
-            slope += (0.0 if derivative is None else float(derivative)) / len(around.batches)
-    return loss, slope
+@dataclass(frozen=True)
+class Flat:
+    """`Around` where the directions are held whole: `moves` (K, n), laid on the flat parameters."""
+
+    objective: LossModule
+    trainable: Mapping[str, nn.Parameter]
+    batches: Sequence[Batch]
+    probing: Probing
+    moves: Tensor
+
+    @property
+    def num_directions(self) -> int:
+        return len(self.moves)
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.batches)
+
+    def losses(self, probes: Sequence[Probe]) -> list[float]:
+        offsets = torch.stack([self.moves[probe.direction] * probe.distance for probe in probes])  # (G, n)
+        return self.probing.losses(self.objective, self.trainable, self.batches, offsets).tolist()
+
+    def along(self) -> list[tuple[float, float]]:
+        found = torch.tensor([self._along(move) for move in self.moves], dtype=torch.float64)  # (K, 2)
+        losses, slopes = self.probing.processes.summed(found.T.flatten()).chunk(2)
+        return list(zip(losses.tolist(), slopes.tolist(), strict=True))
+
+    @torch.no_grad()
+    def _along(self, move: Tensor) -> tuple[float, float]:
+        """What this process's examples add to the loss at θ and to its slope along `move` (n,)."""
+        processes, tangents = self.probing.processes, sliced(move, self.trainable)
+        loss, slope = 0.0, 0.0
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():  # the fused attention kernels have no forward mode
+            duals = {
+                name: forward_ad.make_dual(parameter.detach(), tangent)  # type: ignore[no-untyped-call]
+                for (name, parameter), tangent in zip(self.trainable.items(), tangents, strict=True)
+            }
+            for batch in self.batches:
+                mine = share(batch, processes.rank, processes.num)
+                if mine.weight == 0:
+                    continue
+                found = _loss(self.objective, duals, mine.batch) * mine.weight
+                value, derivative = forward_ad.unpack_dual(found)  # type: ignore[no-untyped-call]
+                loss += float(value) / self.num_batches
+                slope += (0.0 if derivative is None else float(derivative)) / self.num_batches
+        return loss, slope
 
 
 def _loss(objective: LossModule, duals: dict[str, Tensor], batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ from lorica.optim.backprop import Estimate
 from lorica.optim.directions import Directions, flat_size, sliced
 from lorica.optim.probes import Probing
 from lorica.optim.scaling import Scaling
-from lorica.optim.slopes import MEASURES, Around, Slopes, SlopesName
+from lorica.optim.slopes import MEASURES, Flat, Slopes, SlopesName
 from lorica.tasks.batching import Batch
 from lorica.tasks.objectives import LossModule
 
@@ -43,26 +43,19 @@ class ZerothOrder:
         step: int,
     ) -> Estimate:
         moves = self._moves(step, trainable)  # (K, n)
-        found = MEASURES[self.estimator](Around(objective, trainable, batches, self.probing), moves, self.epsilon)
-        weights = self._weights(found)
-        for parameter, part in zip(trainable.values(), sliced(weighed(weights, moves), trainable), strict=True):
-            parameter.grad = part
-        num_left_out = len(found.slopes) - len(found.usable)
-        loss = math.fsum(found.finite_losses) / len(found.finite_losses) if found.usable else math.nan
-        return Estimate(loss, found.num_forwards, tuple(found.slopes), weights, num_left_out)
+        found = MEASURES[self.estimator](Flat(objective, trainable, batches, self.probing, moves), self.epsilon)
+        estimate = estimated(found, self.scaling, self.epsilon)
+        _set_gradient(trainable, estimate.weights, moves)
+        return estimate
+
+    def set_gradient(self, trainable: Mapping[str, nn.Parameter], step: int, weights: Sequence[float]) -> None:
+        """The gradient of a step as it was, from the weights that its directions had; no loss is asked for."""
+        _set_gradient(trainable, weights, self._moves(step, trainable))
 
     def _moves(self, step: int, trainable: Mapping[str, nn.Parameter]) -> Tensor:
         """(K, n): where each direction leads, in the parameters' own units."""
         moves = self.directions(step, flat_size(trainable)).to(next(iter(trainable.values())).device)
         return moves if self.scales is None else moves.mul_(self.scales)
-
-    def _weights(self, found: Slopes) -> tuple[float, ...]:
-        """Each direction's coefficient in the gradient, in float32 as it is applied; 0 where it is left out."""
-        weights = torch.zeros(len(found.slopes))
-        if found.usable:
-            scaled = self.scaling([found.slopes[place] for place in found.usable], found.finite_losses, self.epsilon)
-            weights[found.usable] = torch.tensor([slope / len(scaled) for slope in scaled])
-        return tuple(weights.tolist())
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint must keep, as JSON takes it."""
@@ -72,6 +65,22 @@ class ZerothOrder:
         """Put a kept state back."""
         self.scaling.restore(state["scaling"])
         self.probing.restore(state["probing"])
+
+
+def estimated(found: Slopes, scaling: Scaling, epsilon: float) -> Estimate:
+    """What a step's slopes come to: the loss, and the weight of each direction; one without a finite slope has none."""
+    weights = torch.zeros(len(found.slopes))  # float32, as they are applied
+    if found.usable:
+        scaled = scaling([found.slopes[place] for place in found.usable], found.finite_losses, epsilon)
+        weights[found.usable] = torch.tensor([slope / len(scaled) for slope in scaled])
+    loss = math.fsum(found.finite_losses) / len(found.finite_losses) if found.usable else math.nan
+    num_left_out = len(found.slopes) - len(found.usable)
+    return Estimate(loss, found.num_forwards, tuple(found.slopes), tuple(weights.tolist()), num_left_out)
+
+
+def _set_gradient(trainable: Mapping[str, nn.Parameter], weights: Sequence[float], moves: Tensor) -> None:
+    for parameter, part in zip(trainable.values(), sliced(weighed(weights, moves), trainable), strict=True):
+        parameter.grad = part
 
 
 def weighed(weights: Sequence[float], moves: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from lorica.runs.merge import MergedRun, merge
 from lorica.runs.merge_insight import audit_merge, diagnose_merge, plan_merge
 from lorica.runs.plan import plan
 from lorica.runs.ready import Ready, chosen, prepare
+from lorica.runs.replay import Replayed, replay
 from lorica.runs.sweep import Swept, sweep
 from lorica.runs.train import Trained, train
 
@@ -16,6 +17,7 @@ __all__ = [
     "Exported",
     "MergedRun",
     "Ready",
+    "Replayed",
     "Swept",
     "Trained",
     "audit_merge",
@@ -27,6 +29,7 @@ __all__ = [
     "plan",
     "plan_merge",
     "prepare",
+    "replay",
     "sweep",
     "train",
 ]

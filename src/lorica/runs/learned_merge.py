@@ -20,7 +20,6 @@ import lorica
 from lorica import config, files, models, randomness
 from lorica.config import MergeConfig, ModelConfig
 from lorica.errors import ConfigError
-from lorica.evaluation.evaluate import evaluate
 from lorica.merging import method as methods
 from lorica.merging.fitting.descent import Learned
 from lorica.merging.fitting.keeping import NOT_IDENTITY
@@ -31,11 +30,12 @@ from lorica.merging.merge import Merge
 from lorica.merging.method import Update
 from lorica.runs.bodies import Bodies
 from lorica.runs.merge_evaluation import digest_of, model_of, task_of, with_head
-from lorica.runs.ready import Ready, chosen
+from lorica.runs.ready import Ready, chosen, train_as_of
 from lorica.runs.remembered import keep, recall
 from lorica.runs.settling import CARRIER, learner_of
 from lorica.runs.sources import Source
 from lorica.tasks import base as tasks
+from lorica.tasks.base import TrainAs
 from lorica.tasks.prompting import Encoded
 
 MOST_VALIDATION = 3  # at most one row in so many is kept from fitting
@@ -124,7 +124,7 @@ def _key(learner: Learner, merge: Merge, cfg: MergeConfig, lessons: Sequence[Les
                 "base": models.fingerprint(each.ready.base),
                 "rows": digest_of(each.rows),
                 "validation": digest_of(each.validation),
-                "train_as": _train_as(each.source),
+                "train_as": _train_as(each),
             }
             for each in lessons
         ],
@@ -160,12 +160,12 @@ def _problem(merge: Merge, cfg: MergeConfig, lessons: Sequence[Lesson], state: P
 
 
 def _fitting_task(lesson: Lesson, eval_batch_size: int) -> FittingTask:
-    ready, train_as = lesson.ready, _train_as(lesson.source)
+    ready, train_as = lesson.ready, _train_as(lesson)
     rows = [*lesson.rows, *lesson.validation]
 
     def judge() -> float:
         """The metric over all rows: trials fit too little to need some set aside."""
-        found = evaluate(ready.base.model, ready.task, "dev", rows, ready.collate(), batch_size=eval_batch_size)
+        found = ready.evaluated("dev", rows, eval_batch_size)
         score = found.metrics[ready.task.metrics[0]]
         return score.value if score.higher_is_better else -score.value
 
@@ -174,14 +174,16 @@ def _fitting_task(lesson: Lesson, eval_batch_size: int) -> FittingTask:
         model=ready.base.model,
         rows=lesson.rows,
         collate=dataclasses.replace(ready, device="cpu").collate(gold_only=train_as == "lm"),
-        train_as="lm" if train_as == "lm" else "classification",
+        train_as=train_as,
         validation=lesson.validation,
         judge=judge,
     )
 
 
-def _train_as(source: Source) -> str:
-    return "lm" if source.run is not None and source.run.train_as == "lm" else "classification"
+def _train_as(lesson: Lesson) -> TrainAs:
+    """As the run that made the adapter was."""
+    asked = lesson.source.run.train_as if lesson.source.run is not None else "auto"
+    return train_as_of(asked, "loss", lesson.ready.task)
 
 
 def _record(learner: Learner, learned: Learned, lessons: Sequence[Lesson]) -> Record:

@@ -16,7 +16,7 @@ from lorica.adapters import injection
 from lorica.adapters.adapter import Adapter
 from lorica.config import EvalSubsetConfig, MergeConfig, ModelConfig, TaskConfig
 from lorica.errors import ConfigError
-from lorica.evaluation.evaluate import Evaluation, evaluate
+from lorica.evaluation.evaluate import Evaluation
 from lorica.evaluation.metrics import Array
 from lorica.evaluation.recovery import Recovery, recovery
 from lorica.merging.live import attach
@@ -82,6 +82,7 @@ class Arena:
             "base": models.fingerprint(self.ready.base),
             "adapter": adapter,
             "task": self.ready.task.name,
+            **({"sfc": True} if self.ready.task.sfc else {}),
             "split": self.split,
             "examples": self.digest,
             "device": self.ready.device,
@@ -98,14 +99,7 @@ class Arena:
             injection.remove(live)
 
     def _evaluated(self) -> Evaluation:
-        return evaluate(
-            self.ready.base.model,
-            self.ready.task,
-            self.split,
-            self.rows,
-            self.ready.collate(),
-            batch_size=self.batch_size,
-        )
+        return self.ready.evaluated(self.split, self.rows, self.batch_size)
 
 
 def open_arenas(sources: Sequence[Source], cfg: MergeConfig, split: Split, bodies: Bodies | None = None) -> list[Arena]:
@@ -125,6 +119,11 @@ def with_head(source: Source, ready: Ready) -> Ready:
 def _open(source: Source, cfg: MergeConfig, split: Split, bodies: Bodies) -> Arena:
     task, model = task_of(source), model_of(source, cfg)
     ready = with_head(source, bodies.prepare(model, task))
+    if not ready.task.labels:
+        raise ConfigError(
+            f"what a merge keeps of {source.name} cannot be told yet: {ready.task.name} has no labels that all its "
+            "examples share; leave it out of eval_tasks"
+        )
     artifacts = Path(cfg.artifacts_dir)
     chosen = _chosen(ready.task, split, source.name, cfg.eval_subset, task, artifacts / "subsets")
     return Arena(source, ready, split, ready.encoded(chosen), cfg.eval_batch_size, model, artifacts / "baselines")

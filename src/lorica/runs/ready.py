@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from lorica import models
+from lorica import files, models
 from lorica.adapters import injection, peft_format
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.peft_format import Profile
 from lorica.config import ModelConfig, TaskConfig
 from lorica.errors import ConfigError
+from lorica.evaluation.evaluate import Evaluation, evaluate
 from lorica.evaluation.scoring import Collate
 from lorica.models import Base, Kind
 from lorica.tasks import base as tasks
-from lorica.tasks.base import Split, Task
+from lorica.tasks.base import Split, Task, TrainAs
 from lorica.tasks.batching import collate
 from lorica.tasks.prompting import Encoded, encode
 from lorica.tasks.sources import load_task
@@ -57,6 +59,24 @@ class Ready:
             fan_in_fan_out=models.is_transposed(self.base, adapter.updates),
         )
 
+    def write_model(self, folder: Path) -> None:
+        """The base model with its tokenizer, as it stands, as a transformers checkpoint."""
+        with files.staged_folder(folder) as staging, models.quiet():
+            self.base.model.save_pretrained(staging)
+            self.base.tokenizer.save_pretrained(staging)
+
+    def evaluated(self, split: Split, rows: Sequence[Encoded], batch_size: int) -> Evaluation:
+        """What the model, as it stands, makes of encoded examples of a split."""
+        return evaluate(
+            self.base.model,
+            self.task,
+            split,
+            rows,
+            self.collate(),
+            batch_size=batch_size,
+            tokenizer=self.base.tokenizer,
+        )
+
     def collate(self, *, gold_only: bool = False) -> Collate:
         """The function that makes a batch of encoded rows."""
         return partial(
@@ -64,15 +84,19 @@ class Ready:
             pad_token_id=self.base.tokenizer.pad_token_id,
             device=self.device,
             gold_only=gold_only,
+            max_length=self.max_length,
             decoder_start_token_id=self.base.model.config.decoder_start_token_id if self.is_encoder_decoder else None,
         )
 
 
-def prepare(model: ModelConfig, task: TaskConfig, device: str, seed: int) -> Ready:
-    """Load the task and the base model, each as the other needs it; the task first: it is the cheaper to get wrong."""
+def prepare(model: ModelConfig, task: TaskConfig, device: str, seed: int, num_prefix: int = 0) -> Ready:
+    """Load the task and the base model, each as the other needs it; the task first: it is the cheaper to get wrong.
+
+    Inputs leave `num_prefix` of the model's positions free.
+    """
     on = models.choose_device(device)
     kind, asked = loaded_task(model, task)
-    return ready(load_base(model, kind, on, seed, len(asked.labels)), asked, task, on)
+    return ready(load_base(model, kind, on, seed, len(asked.labels)), asked, task, on, num_prefix)
 
 
 def loaded_task(model: ModelConfig, task: TaskConfig) -> tuple[Kind, Task]:
@@ -89,11 +113,29 @@ def loaded_task(model: ModelConfig, task: TaskConfig) -> tuple[Kind, Task]:
         prompt=task.prompt,
         template=task.template,
         verbalizer=task.verbalizer,
+        sfc=task.sfc,
         num_dev=task.num_dev,
         num_eval=task.num_eval,
         seed=task.train_set_seed,
     )
+    if task.kind not in ("auto", loaded.kind):
+        raise ConfigError(f"task.kind={task.kind}, and {loaded.name} is a task of {loaded.kind}: drop task.kind")
     return kind, loaded
+
+
+def train_as_of(asked: Literal["auto", "classification", "lm"], objective: str, task: Task) -> TrainAs:
+    """The loss that a task is trained by: as asked for, else the task's own; a metric compares all options.
+
+    Raises ConfigError for a task that does not have it.
+    """
+    if task.kind == "generation" and (asked == "classification" or objective != "loss"):
+        wanted = "train_as=classification" if objective == "loss" else f"zo.objective={objective}"
+        raise ConfigError(f"{wanted} compares options, and {task.name}, whose answers are written, has none: drop it")
+    if task.kind == "classification" and asked == "lm":
+        raise ConfigError(f"train_as=lm trains the words of an answer, and {task.name} goes by a head: drop it")
+    if asked != "auto":
+        return asked
+    return "classification" if task.kind == "classification" or objective != "loss" else task.train_as
 
 
 def load_base(model: ModelConfig, kind: Kind, device: str, seed: int, num_labels: int | None = None) -> Base:
@@ -112,9 +154,9 @@ def load_base(model: ModelConfig, kind: Kind, device: str, seed: int, num_labels
     )
 
 
-def ready(base: Base, task: Task, cfg: TaskConfig, device: str) -> Ready:
-    """The two together; inputs are as long as the config and the model allow."""
-    return Ready(base, task, device, min(cfg.max_length, models.longest_input(base)))
+def ready(base: Base, task: Task, cfg: TaskConfig, device: str, num_prefix: int = 0) -> Ready:
+    """The two together; inputs are as long as the config and the model allow beside a prefix."""
+    return Ready(base, task, device, min(cfg.max_length, models.longest_input(base) - num_prefix))
 
 
 def chosen(task: Task, split: Split, cfg: TaskConfig) -> list[tasks.Example]:
@@ -133,7 +175,7 @@ def _kinds(model: ModelConfig, task: TaskConfig) -> tuple[Kind, tasks.Kind]:
     else:
         kind = natural
     task_kind: tasks.Kind = "classification" if kind == "classification" else "choice"
-    if task.kind not in ("auto", task_kind):
+    if task.kind != "auto" and (task.kind == "classification") != (task_kind == "classification"):
         raise ConfigError(
             f"task.kind={task.kind} and the model do not fit: {model.name} is used as a {kind} model, which needs "
             f"task.kind={task_kind}"

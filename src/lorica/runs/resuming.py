@@ -64,7 +64,7 @@ def differing(then: Any, now: Any, prefix: str = "") -> list[str]:
 
 
 def _cut_after(step: int, run: RunFolder) -> None:
-    for path in (run.training_loss, run.eval_loss):
+    for path in (run.training_loss, run.eval_loss, run.replay):
         if path.exists():
             kept = [record for record in files.read_records(path) if record["step"] <= step]
             files.write_atomic(path, "".join(map(files.record_line, kept)))

@@ -2,69 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorica.adapters import injection
-from lorica.adapters.adapter import Adapter
-from lorica.config import TrainConfig
-from lorica.evaluation.evaluate import evaluate
-from lorica.optim.backprop import backprop
-from lorica.optim.coordinates import update_scales
-from lorica.optim.directions import Directions
+from lorica.errors import DriftError
+from lorica.optim.backprop import BackpropTogether, Estimator, averaged, backprop
 from lorica.optim.probes import Probing
-from lorica.optim.scaling import Scaling
-from lorica.optim.updates import update_rule
-from lorica.optim.zeroth_order import ZerothOrder
-from lorica.randomness import torch_generator
+from lorica.optim.replay import SEGMENT, LoggedRound, ReplayLog, checksum
+from lorica.randomness import Name, torch_generator
 from lorica.results import RunFolder
-from lorica.runs.ready import Ready
 from lorica.runs.resuming import Resumed
-from lorica.tasks.base import Split
-from lorica.tasks.batching import TrainingStream
+from lorica.runs.steps import AnyZerothOrder, optimizer_of, zeroth_order_of
+from lorica.runs.tuning import RunUnderWay
 from lorica.tasks.objectives import LossModule
-from lorica.tasks.prompting import Encoded
 from lorica.training import callbacks, checkpoints
-from lorica.training.boosting import INTERRUPTED, Round
 from lorica.training.checkpoints import Snapshot
-from lorica.training.fit import Progress, Step, fit
+from lorica.training.fit import Step, fit
 from lorica.training.interruption import Interruption
 from lorica.training.loss_meter import LossMeter
+from lorica.training.stretch import INTERRUPTED, Stretch
 from lorica.training.trackers import JsonLines
-
-
-class RunUnderWay(Protocol):
-    """What a round has to know of the run that it belongs to."""
-
-    cfg: TrainConfig
-    ready: Ready
-    rows: dict[Split, list[Encoded]]
-    stream: TrainingStream
-    say: Console
-    progress: Progress
-    best_dev_loss: float | None
-    identity: dict[str, Any]
-
-    @property
-    def num_steps(self) -> int: ...
-
-    def rate(self, step: int, first_step: int) -> float: ...
-
-    def as_it_stands(self, round: Round) -> Adapter: ...
 
 
 @dataclass(frozen=True)
 class Held:
     """What a round holds beside the run, and what a checkpoint inside it keeps."""
 
-    round: Round
+    round: Stretch
+    trainable: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     dropout: torch.Generator
-    zeroth_order: ZerothOrder | None
+    zeroth_order: AnyZerothOrder | None
 
 
 @dataclass
@@ -80,44 +52,44 @@ class RoundTrainer:
     interruption: Interruption
     resumed: Resumed
     watchers: list[callbacks.Watch]
+    log: ReplayLog | None = None
     owed: bool = False
     meter: LossMeter = field(init=False)
     probing: Probing = field(init=False)
 
     def __post_init__(self) -> None:
         self.meter, branches = LossMeter(), self.learning.cfg.zo.branches
-        self.probing = Probing(branches if isinstance(branches, int) else None, timed=branches == "timed")
+        max_branches = branches if isinstance(branches, int) else None
+        self.probing = Probing(max_branches, timed=branches == "timed", processes=self.learning.processes)
 
-    def __call__(self, round: Round) -> str:
+    def __call__(self, round: Stretch) -> str:
         learning, cfg = self.learning, self.learning.cfg
-        assert cfg.optimizer and cfg.learning_rate is not None
-        lm = cfg.train_as == "lm"
-        metric = None if cfg.zo.objective == "loss" else cfg.zo.objective
+        self.note_rounds()
         learning.ready.base.model.train(cfg.base_dropout)
         round.live.set_training(cfg.trainer == "backprop")
-        optimizer = update_rule(
-            cfg.optimizer,
-            round.live.trainable().values(),
-            learning_rate=cfg.learning_rate,
-            weight_decay=cfg.weight_decay,
-        )
-        generator = torch_generator(cfg.seed, "dropout", round.number, device=learning.ready.device)
+        trainable = round.live.trainable()
+        names: tuple[Name, ...] = ("dropout", round.number, *learning.processes.own_names)
+        generator = torch_generator(cfg.seed, *names, device=learning.ready.device)
         round.live.set_dropout_generator(generator)
-        zeroth_order = self._zeroth_order(round) if cfg.trainer == "zo" else None
-        held = Held(round, optimizer, generator, zeroth_order)
+        zeroth_order = zeroth_order_of(cfg, round.live, self.probing) if cfg.trainer == "zo" else None
+        held = Held(round, trainable, optimizer_of(cfg, trainable, zeroth_order), generator, zeroth_order)
         self._restore(held)
+        if learning.processes.num > 1:
+            self._check_agreement(held, learning.progress.step)
         if self.owed or self.interruption.signal:
             self._save(held)
         if self.interruption.signal:
             return INTERRUPTED
-        rows, make_batch = learning.rows["train"], learning.ready.collate(gold_only=lm)
+        metric = None if cfg.zo.objective == "loss" else cfg.zo.objective
+        objective = LossModule(learning.ready.base.model, learning.train_as, metric)
+        rows, make_batch = learning.rows["train"], learning.ready.collate(gold_only=learning.train_as == "lm")
         start = learning.progress.step * cfg.gradient_accumulation_steps
         return fit(
-            LossModule(learning.ready.base.model, "lm" if lm else "classification", metric),
-            round.live.trainable(),
+            objective,
+            trainable,
             (make_batch([rows[index] for index in batch]) for batch in learning.stream.indices(start)),
-            estimator=zeroth_order or backprop,
-            optimizer=optimizer,
+            estimator=zeroth_order or self._backprop(objective),
+            optimizer=held.optimizer,
             learning_rate=lambda step: learning.rate(step, round.first_step),
             num_steps=learning.num_steps,
             progress=learning.progress,
@@ -126,27 +98,32 @@ class RoundTrainer:
             on_step=lambda step: self._after(step, held),
         )
 
-    def _zeroth_order(self, round: Round) -> ZerothOrder:
-        """A round's own estimator: like its optimizer, it remembers nothing of the round before."""
-        zo, seed = self.learning.cfg.zo, self.learning.cfg.seed
-        return ZerothOrder(
-            zo.estimator,
-            epsilon=zo.epsilon,
-            directions=Directions(zo.num_directions, zo.distribution, seed),
-            scaling=Scaling(zo.normalize, zo.clip),
-            scales=update_scales(round.start, round.live.trainable()) if zo.space == "update" else None,
-            probing=self.probing,
-        )
+    def _backprop(self, objective: LossModule) -> Estimator:
+        together = self.learning.processes
+        if together.num == 1:
+            return backprop
+        return BackpropTogether(together, None if self.learning.sharded else averaged(objective))
+
+    def note_rounds(self) -> None:
+        """Write what was decided of the rounds that ended into the log, if it does not have it."""
+        if self.log is not None:
+            for ended in self.learning.tuning.rounds()[self.log.num_rounds :]:
+                assert ended.kept_step is not None
+                decided = LoggedRound(ended.last_step, ended.round, ended.reason, ended.kept_step, ended.accepted)
+                self.log.end_round(decided)
 
     def _after(self, step: Step, held: Held) -> str | None:
         round = held.round
         reason = round.watch(step)
+        agreed = self._check_agreement(held, step.step) if step.step % SEGMENT == 0 else None
+        if self.log is not None:
+            self.log.step(step.step, step.weights if step.applied else None, step.learning_rate, agreed)
         if held.zeroth_order is not None:
             step = self._measured(step)
         for watcher in self.watchers:
             watcher(step)
         if self.learning.cfg.eval_steps and step.step % self.learning.cfg.eval_steps == 0:
-            self._look_at_dev(step, round)
+            self._look_at_dev(step)
         every = self.learning.cfg.save_steps
         due = every is not None and step.step % every == 0
         if reason is not None or step.step >= self.learning.num_steps:
@@ -156,46 +133,65 @@ class RoundTrainer:
             self._save(held)
         return INTERRUPTED if self.interruption.signal else None
 
+    def _check_agreement(self, held: Held, step: int) -> str | None:
+        """The checksum of what is trained, which is the same in every process; None where nobody needs it."""
+        together = self.learning.processes
+        if together.num == 1 and self.log is None:
+            return None
+        found = together.gathered(checksum(held.trainable))
+        if len(set(found)) > 1:
+            sums = ", ".join(f"process {rank}: {each}" for rank, each in enumerate(found))
+            raise DriftError(
+                f"step {step}: the processes' parameters differ ({sums}): let all run on one kind of device with the "
+                "same versions, and go on from the last checkpoint with resume"
+            )
+        return found[0]
+
     def _measured(self, step: Step) -> Step:
         """The step with the trend that its loss leaves; what should be known of it is said."""
         for warning in self.meter.after(step.loss):
             self.learning.say.print(f"warning: step {step.step}: {warning}", highlight=False, soft_wrap=True)
         return replace(step, trend_t=self.meter.trend.t())
 
-    def _look_at_dev(self, step: Step, round: Round) -> None:
-        """The dev split's loss as a line of `eval_loss.jsonl`; the best adapter by it is kept in `best_adapter/`."""
+    def _look_at_dev(self, step: Step) -> None:
+        """The dev split's loss as a line of `eval_loss.jsonl`; the best outcome by it is kept in its own folder."""
         learning, ready = self.learning, self.learning.ready
+        if not learning.evaluates:
+            return
         rows = learning.rows["dev"]
-        batch_size = learning.cfg.eval_batch_size
-        found = evaluate(ready.base.model, ready.task, "dev", rows, ready.collate(), batch_size=batch_size)
+        found = ready.evaluated("dev", rows, learning.cfg.eval_batch_size)
+        if not learning.processes.is_first:
+            return
         callbacks.tell_evaluation(step, found, JsonLines(self.run.eval_loss), learning.say)
         if learning.best_dev_loss is None or found.loss < learning.best_dev_loss:
             learning.best_dev_loss = found.loss
-            adapter = learning.cfg.adapter
-            now = learning.as_it_stands(round)
-            ready.write(now, self.run.best_adapter, profile=adapter.profile, dropout=adapter.dropout)
+            now = learning.tuning.as_it_stands()
+            now.write(self.run.best(now.place))
 
     def _save(self, held: Held) -> None:
-        self.owed, round = False, held.round
-        tensors: dict[str, Tensor] = {
-            **checkpoints.adapter_tensors("live", injection.extract(round.live)),
-            **checkpoints.optimizer_tensors(held.optimizer),
-            "generator|dropout": held.dropout.get_state(),
-            "generator|torch": torch.get_rng_state(),
-        }
-        if round.best is not None:
-            tensors |= checkpoints.adapter_tensors("best", round.best)
-        if round.before is not None:
-            tensors["probe|before"] = round.before
+        """Let the first process commit a checkpoint that all can go on from."""
+        self.owed, together = False, self.learning.processes
+        generators = together.gathered((held.dropout.get_state(), torch.get_rng_state()))
+        if together.is_first:
+            self._commit(held, generators)
+        together.wait()
+
+    def _commit(self, held: Held, generators: Sequence[tuple[Tensor, Tensor]]) -> None:
+        round = held.round
+        tensors: dict[str, Tensor] = {**round.tensors(), **checkpoints.optimizer_tensors(held.optimizer)}
+        for rank, (dropout, everyone) in enumerate(generators):
+            tensors |= {f"generator|dropout|{rank}": dropout, f"generator|torch|{rank}": everyone}
         values: dict[str, Any] = {
             "progress": asdict(self.learning.progress),
-            "round": {"number": round.number, "first_step": round.first_step, "last_loss": round.last_loss},
-            "rule": round.rule.state(),
+            "round": round.values(),
             "best_dev_loss": self.learning.best_dev_loss,
             "identity": self.learning.identity,
+            "checksum": checksum(held.trainable),
         }
         if held.zeroth_order is not None:
             values |= {"zeroth_order": held.zeroth_order.state(), "meter": self.meter.state()}
+        if self.log is not None:
+            self.log.flush(durable=True)  # before the checkpoint that relies on it
         snapshot = Snapshot(self.learning.progress.step, tensors, values)
         checkpoints.save_checkpoint(self.run.checkpoints, snapshot)
 
@@ -204,19 +200,14 @@ class RoundTrainer:
         snapshot, self.resumed = self.resumed.snapshot, Resumed()
         if snapshot is None:
             return
-        round = held.round
-        live = checkpoints.adapter_of("live", snapshot.tensors)
-        if live is not None:
-            round.live.put(live)
-        round.best = checkpoints.adapter_of("best", snapshot.tensors)
-        round.before = snapshot.tensors.get("probe|before")
-        round.first_step = snapshot.values["round"]["first_step"]
-        round.last_loss = snapshot.values["round"]["last_loss"]
-        round.rule.restore(snapshot.values["rule"])
+        held.round.restore(snapshot.tensors, snapshot.values["round"])
         checkpoints.restore_optimizer(held.optimizer, snapshot.tensors)
-        held.dropout.set_state(snapshot.tensors["generator|dropout"])
+        rank = self.learning.processes.rank
+        dropout, everyone = (snapshot.tensors.get(f"generator|{name}|{rank}") for name in ("dropout", "torch"))
+        if dropout is not None:  # a run gone on with by more processes than before begins anew in those
+            held.dropout.set_state(dropout)
         if held.zeroth_order is not None:
             held.zeroth_order.restore(snapshot.values["zeroth_order"])
             self.meter.restore(snapshot.values["meter"])
-        if self.learning.cfg.base_dropout:
-            torch.set_rng_state(snapshot.tensors["generator|torch"])
+        if self.learning.cfg.base_dropout and everyone is not None:
+            torch.set_rng_state(everyone)

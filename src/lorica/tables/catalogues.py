@@ -50,6 +50,8 @@ def _plugins(catalogue: Catalogue, function: str) -> Table:
 
 
 def _meaning(flag: config.Flag) -> str:
+    if flag.always is not None:
+        return f"nothing: {flag.always}"
     if flag.constant is not None:
         return f"{flag.key}={flag.constant}"
     words = "".join(f" ({old}: {new})" for old, new in (flag.words or {}).items())

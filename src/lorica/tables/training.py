@@ -34,6 +34,9 @@ def evaluations(found: Sequence[tuple[str, Evaluation]]) -> Table:
             *(escape(cell) for cell in cells),
             f"{evaluation.loss:.4f}",
         )
+    cut = [f"{run.num_truncated} of {escape(run.task)} ({escape(name)})" for name, run in found if run.num_truncated]
+    if cut:
+        table.caption = f"examples that were cut to what the model reads: {', '.join(cut)}"
     return table
 
 

@@ -6,68 +6,128 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lorica import files, randomness
 from lorica.errors import ConfigError, DataError
 
-Kind = Literal["choice", "classification"]
+Kind = Literal["choice", "classification", "generation"]
+TrainAs = Literal["classification", "lm"]
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
+Gold = tuple[str, ...]  # an answer that counts as right: the spans that it consists of, one but for DROP
+
+
+@dataclass(frozen=True)
+class Option:
+    """What may follow an example's prompt, as it stands there, and the answer that it gives."""
+
+    text: str
+    answer: str
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: the fields that templates name, and the number of its label."""
+    """One row: the fields that templates name, and what is right.
+
+    `label` is the number of its label, or of its first right option where it brings `options` of its own. `golds` are
+    the answers that count as right where they are told by their text. `opening` stands before its prompt:
+    demonstrations.
+    """
 
     fields: Mapping[str, str]
     label: int
+    options: tuple[Option, ...] = ()
+    golds: tuple[Gold, ...] = ()
+    opening: str = ""
+
+    def is_right(self, number: int) -> bool:
+        """Whether the option, or label, of this number is right."""
+        if self.options and self.golds:
+            return (self.options[number].answer,) in self.golds
+        return number == self.label
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A template with {field} places, and the word that stands for each label.
 
-    The word follows the template after a space, unless the template ends in white space.
+    The word stands at the template's {label} place; without one it follows the template, after a space unless the
+    template ends in white space. The verbalizer is empty where the examples bring their own options or answers.
+    `content_free` is the template of a prompt that says nothing, against which options are calibrated.
     """
 
     template: str
-    verbalizer: Mapping[str, str]
+    verbalizer: Mapping[str, str] = field(default_factory=dict)
+    content_free: str = ""
 
 
 @dataclass(frozen=True)
 class Hub:
-    """Where a task lives on the hub: `columns` maps our field to theirs, `splits` our split to theirs."""
+    """Where a task lives on the hub: `columns` maps our field to theirs, `splits` our split to theirs.
+
+    `labels` are our names for their label numbers, where theirs are others. Rows whose label is `left_out`, by their
+    name or number, are none of the task's: unlabelled pairs, questions of no class.
+    """
 
     repository: str
     config: str | None = None
     splits: Mapping[Split, str] = field(default_factory=lambda: {"train": "train", "test": "validation"})
     columns: Mapping[str, str] = field(default_factory=dict)
     label_column: str = "label"
+    labels: tuple[str, ...] | None = None
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task of the catalog. `texts` are the one or two fields that an encoder reads; the first prompt is the default.
+    """A task of the catalog. `texts` are the fields that an encoder reads; the first prompt is the default.
 
-    `prepare` may add fields that a template needs (BoolQ's capitalised question).
+    What a row of the data needs beside its columns:
+
+    - `rows` gives the examples that one row holds (MultiRC's answers to its questions).
+    - `prepare` may add fields that a template needs (BoolQ's capitalised question).
+    - `options` are what may follow an example's prompt, where that is not the label words.
+    - `golds` are the answers that count as right; with them a row has no label.
+
+    `max_new_tokens` is the length of an answer that is generated, and 0 where none is. With `labels_vary` the data may
+    hold some of the labels alone, and says which.
     """
 
     labels: tuple[str, ...]
     texts: tuple[str, ...]
     prompts: Mapping[str, Prompt]
     hub: Hub | None = None
+    rows: Callable[[Mapping[str, Any]], Iterable[dict[str, Any]]] | None = None
     prepare: Callable[[Mapping[str, str]], Mapping[str, str]] | None = None
+    options: Callable[[Mapping[str, Any]], Sequence[Option]] | None = None
+    golds: Callable[[Mapping[str, Any]], Sequence[Gold]] | None = None
     metrics: tuple[str, ...] = ("accuracy", "macro_f1")
+    train_as: TrainAs = "classification"
+    max_new_tokens: int = 0
+    labels_vary: bool = False
     source: str = ""
+
+    @property
+    def kind(self) -> Kind:
+        """How it is asked by a prompt."""
+        return "generation" if self.max_new_tokens else "choice"
+
+    @property
+    def has_label_words(self) -> bool:
+        """Whether an answer is a label's word, and not an option or an answer of the example's own."""
+        return self.options is None and self.golds is None
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task ready to run: every split's examples, and how it is asked."""
+    """A task ready to run: every split's examples, and how it is asked. `train_as` is its natural loss.
+
+    With `sfc` an option's score is what the prompt adds to it: surface-form calibration.
+    """
 
     name: str
     kind: Kind
@@ -76,14 +136,19 @@ class Task:
     prompt: Prompt | None
     metrics: tuple[str, ...]
     splits: Mapping[Split, Sequence[Example]]
+    train_as: TrainAs = "classification"
+    max_new_tokens: int = 0
+    sfc: bool = False
 
     @property
     def fingerprint(self) -> str:
-        """A hash of every example and label: two tasks with one fingerprint hold the same data."""
+        """A hash of every example and what is right of it: two tasks with one fingerprint hold the same data."""
         digest = hashlib.sha256(json.dumps(self.labels).encode())
         for split in SPLITS:
             for example in self.splits.get(split, ()):
-                digest.update(json.dumps([split, dict(example.fields), example.label]).encode())
+                more = [[asdict(option) for option in example.options], example.golds]
+                row = [split, dict(example.fields), example.label, *(more if any(more) else ())]
+                digest.update(json.dumps(row).encode())
         return digest.hexdigest()[:16]
 
 

@@ -34,7 +34,8 @@ class ChoiceBatch:
 
     Rows are padded on the left, so what predicts the answers stands last. Where every option is one token, there is one
     row an example and `targets` (b, options) are the options' tokens. Otherwise `targets` (b · options, L) are each
-    option's tokens, -100 where there is none, and the inputs are of one of two kinds:
+    option's tokens, -100 where there is none, and the inputs are of one of two kinds. An example that has fewer options
+    than another is filled up with some that have no token; they score minus infinity.
 
     - a row an option, its prompt and itself; the targets are right-aligned.
     - a row an example, its prompt, and what to go on with behind it: `continuation_ids` and `continuation_mask`
@@ -122,9 +123,9 @@ class TrainingStream:
         return generator.sample(batches, len(batches))
 
 
-def evaluation_order(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Every row once, longest first: the first batch shows whether the memory suffices."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+def evaluation_order(sizes: Sequence[int | tuple[int, ...]], batch_size: int) -> list[list[int]]:
+    """Every row once, largest first: the first batch shows whether the memory suffices."""
+    order = sorted(range(len(sizes)), key=lambda index: (sizes[index], -index), reverse=True)
     return _cut(order, batch_size)
 
 
@@ -135,14 +136,18 @@ def collate(
     device: str = "cpu",
     gold_only: bool = False,
     decoder_start_token_id: int | None = None,
+    max_length: int | None = None,
 ) -> Batch:
-    """One batch of rows of one kind. `gold_only` keeps each example's gold option alone (language-model loss)."""
+    """One batch of rows of one kind. `gold_only` keeps each example's gold option alone (language-model loss).
+
+    No row is longer than `max_length`, padding included, if none of the examples is.
+    """
     labels = torch.tensor([row.label for row in rows], device=device)
     first = rows[0]
     if isinstance(first, Classified):
         return _head_batch([row for row in rows if isinstance(row, Classified)], labels, pad_token_id, device)
     choices = [row for row in rows if isinstance(row, Choice)]
-    return _choice_batch(choices, labels, pad_token_id, device, gold_only, decoder_start_token_id)
+    return _choice_batch(choices, labels, pad_token_id, device, gold_only, decoder_start_token_id, max_length)
 
 
 def _head_batch(rows: Sequence[Classified], labels: Tensor, pad_token_id: int, device: str) -> HeadBatch:
@@ -160,9 +165,21 @@ def _choice_batch(
     device: str,
     gold_only: bool,
     decoder_start_token_id: int | None,
+    max_length: int | None,
 ) -> ChoiceBatch:
     picked = [[row.label] if gold_only else range(len(row.options)) for row in rows]
-    pairs = [(row.prompts[i], row.options[i]) for row, which in zip(rows, picked, strict=True) for i in which]
+    num_options = max(map(len, picked))
+    # In the place of an option that an example lacks stands its prompt alone, for which there is no target.
+    filled = [
+        (row, number)
+        for row, which in zip(rows, picked, strict=True)
+        for number in (*which, *[None] * (num_options - len(which)))
+    ]
+    pairs = [
+        (row.prompts[0], row.options[0][:1]) if number is None else (row.prompts[number], row.options[number])
+        for row, number in filled
+    ]
+    answers = [() if number is None else row.options[number] for row, number in filled]
     shared = [row.prompts[0] for row in rows] if _share_prompts(rows, gold_only) else None
     one_token = not gold_only and all(row.is_one_token for row in rows)
     right_aligned = False
@@ -170,28 +187,34 @@ def _choice_batch(
         inputs = _encoder_decoder_inputs(pairs, shared, one_token, pad_token_id, decoder_start_token_id)
     elif one_token:
         inputs = _prompts([row.prompts[0] for row in rows], pad_token_id)
-    elif shared is not None and _worth_going_on(pairs, shared):
+    elif shared is not None and _worth_going_on(pairs, shared, max_length):
         inputs = _prompts(shared, pad_token_id) | _continuations(pairs, pad_token_id)
     else:
         inputs = _prompts([prompt + option[:-1] for prompt, option in pairs], pad_token_id)
         right_aligned = True
     if one_token:
-        targets = torch.tensor([[option[0] for option in row.options] for row in rows])  # (b, options)
+        targets = _padded(answers, -100, left=False)[0].view(len(rows), num_options)  # (b, options)
     else:
-        targets, _mask = _padded([option for _, option in pairs], -100, left=right_aligned)  # (b · options, L)
+        targets, _mask = _padded(answers, -100, left=right_aligned)  # (b · options, L)
     on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
-    return ChoiceBatch(on_device, targets.to(device), labels, len(picked[0]), one_token)
+    return ChoiceBatch(on_device, targets.to(device), labels, num_options, one_token)
 
 
 def _share_prompts(rows: Sequence[Choice], gold_only: bool) -> bool:
     """Whether each example's options stand behind one prompt."""
-    return not gold_only and all(len(row.options) > 1 and len(set(row.prompts)) == 1 for row in rows)
+    several = not gold_only and any(len(row.options) > 1 for row in rows)
+    return several and all(len(set(row.prompts)) == 1 for row in rows)
 
 
-def _worth_going_on(pairs: Sequence[tuple[Tokens, Tokens]], prompts: Sequence[Tokens]) -> bool:
-    """Whether a pass over the prompts and one over what follows them take fewer tokens than a row for each option."""
+def _worth_going_on(pairs: Sequence[tuple[Tokens, Tokens]], prompts: Sequence[Tokens], max_length: int | None) -> bool:
+    """Whether a pass over the prompts and one over what follows them take fewer tokens than a row for each option.
+
+    The longest option then stands behind the longest prompt, whosesoever they are, and both must find room.
+    """
     longest = max(len(prompt) for prompt in prompts)
     more = max(len(option) for _, option in pairs) - 1
+    if max_length is not None and longest + more > max_length:
+        return False
     return len(prompts) * longest + len(pairs) * more < WORTH_GOING_ON * len(pairs) * (longest + more)
 
 
@@ -214,7 +237,6 @@ def _encoder_decoder_inputs(
     pad_token_id: int,
     start: int,
 ) -> dict[str, Tensor]:
-    assert not one_token or shared is not None
     prompts = shared if shared is not None else [prompt for prompt, _ in pairs]
     written = [(start,)] * len(prompts) if one_token else [(start, *option[:-1]) for _, option in pairs]
     tokens, mask = _padded(prompts, pad_token_id, left=False)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorica.adapters.branches import branched
-from lorica.tasks import output_embedding
+from lorica.tasks import base, output_embedding
 from lorica.tasks.batching import Batch, ChoiceBatch, HeadBatch, repeated
 
-TrainAs = Literal["classification", "lm"]
+TrainAs = base.TrainAs
 RepeatAt = Literal["inputs", "blocks"]  # where a pass of several branches parts from that of one
 MetricName = Literal["accuracy", "macro_f1"]
 
@@ -27,8 +27,9 @@ def scores(model: nn.Module, batch: Batch) -> Tensor:
     log_p = _target_log_p(model, batch)  # (rows, options) or (rows, L)
     if batch.one_token:
         return log_p
-    answer = batch.targets != -100
-    return (log_p.sum(dim=1) / answer.sum(dim=1)).view(-1, batch.num_options)
+    num_tokens = (batch.targets != -100).sum(dim=1)
+    mean = log_p.sum(dim=1) / num_tokens.clamp(min=1)
+    return mean.masked_fill(num_tokens == 0, -torch.inf).view(-1, batch.num_options)
 
 
 def decisive_scores(model: nn.Module, batch: Batch) -> Tensor:
@@ -40,8 +41,9 @@ def decisive_scores(model: nn.Module, batch: Batch) -> Tensor:
     if isinstance(batch, ChoiceBatch) and batch.one_token:
         output = output_embedding.plain_output(model)
         if output is not None and batch.targets.numel() < output.out_features:
-            with output_embedding.at_tokens(output, batch.targets):
-                return _last_logits(model, batch, 1)[:, 0]
+            with output_embedding.at_tokens(output, batch.targets.clamp(min=0)):
+                found = _last_logits(model, batch, 1)[:, 0]
+            return found.masked_fill(batch.targets == -100, -torch.inf)
     return scores(model, batch)
 
 
@@ -66,6 +68,7 @@ def entropies(model: nn.Module, batch: Batch, train_as: TrainAs) -> tuple[Tensor
         assert isinstance(batch, ChoiceBatch)
         return _token_entropies(model, batch)
     log_p = decisive_scores(model, batch).log_softmax(dim=-1)  # (b, n)
+    log_p = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # of an option that there is not: 0 · -inf has no value
     return -(log_p.exp() * log_p).sum(dim=-1), log_p.exp()
 
 
@@ -81,7 +84,8 @@ def _target_log_p(model: nn.Module, batch: ChoiceBatch) -> Tensor:
     """The log-probability of every target token; 0 where there is none."""
     if batch.one_token:
         logits = _last_logits(model, batch, 1)[:, 0]  # (b, vocabulary)
-        return logits.log_softmax(dim=-1).gather(1, batch.targets)
+        log_p = logits.log_softmax(dim=-1).gather(1, batch.targets.clamp(min=0))
+        return log_p.masked_fill(batch.targets == -100, -torch.inf)
     if "continuation_ids" in batch.inputs:
         return _continued_log_p(model, batch)
     return _gathered(_last_logits(model, batch, batch.targets.shape[1]), batch.targets)
@@ -93,13 +97,14 @@ def _continued_log_p(model: nn.Module, batch: ChoiceBatch) -> Tensor:
     more = inputs["continuation_ids"]  # (b · options, L - 1)
     mask = torch.cat([inputs["attention_mask"].repeat_interleave(count, dim=0), inputs["continuation_mask"]], dim=1)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    if "past_key_values" not in _accepted(model):  # nothing is kept to go on from
+    if not keeps_a_cache(model):
         rows = torch.cat([inputs["input_ids"].repeat_interleave(count, dim=0), more], dim=1)
         whole = {"input_ids": rows, "attention_mask": mask, "position_ids": positions}
         return _gathered(_logits(model, whole, batch.targets.shape[1]), batch.targets)
-    prompts = _called(model, inputs, 1, use_cache=True)
+    prompts = called(model, inputs, 1, use_cache=True)
     first = _at_least_float32(prompts.logits[:, -1]).log_softmax(dim=-1)  # (b, vocabulary)
-    log_p = first.gather(1, batch.targets[:, 0].view(len(first), -1)).view(-1, 1)  # (b · options, 1)
+    openings = batch.targets[:, 0].view(len(first), -1)  # (b, options)
+    log_p = first.gather(1, openings.clamp(min=0)).masked_fill(openings == -100, 0.0).view(-1, 1)  # (b · options, 1)
     cache = prompts.past_key_values
     cache.batch_repeat_interleave(count)
     behind = {"input_ids": more, "attention_mask": mask, "position_ids": positions[:, -more.shape[1] :]}
@@ -115,16 +120,15 @@ def _gathered(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _last_logits(model: nn.Module, batch: ChoiceBatch, count: int) -> Tensor:
     """(rows, count, vocabulary): the last positions' logits; the others are not computed where that can be."""
-    inputs = _encoded_once(model, batch.inputs) if "decoder_input_ids" in batch.inputs else batch.inputs
-    return _logits(model, inputs, count)
+    tokens, written = batch.inputs["input_ids"], batch.inputs.get("decoder_input_ids")
+    shares = written is not None and len(written) > len(tokens)
+    return _logits(model, encoded_once(model, batch.inputs) if shares else batch.inputs, count)
 
 
-def _encoded_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+def encoded_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """An encoder-decoder's inputs with what its encoder makes of each prompt, repeated for the options behind it."""
     tokens, mask, written = inputs["input_ids"], inputs["attention_mask"], inputs["decoder_input_ids"]
     count = len(written) // len(tokens)
-    if count == 1:
-        return dict(inputs)
     hidden = model.get_encoder()(input_ids=tokens, attention_mask=mask).last_hidden_state  # type: ignore[operator]
     found = {name: value for name, value in inputs.items() if name != "input_ids"}
     repeated_mask = mask.repeat_interleave(count, dim=0)
@@ -132,16 +136,21 @@ def _encoded_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, A
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Any], count: int, *, use_cache: bool = False) -> Tensor:
-    return _at_least_float32(_called(model, inputs, count, use_cache=use_cache).logits[:, -count:])
+    return _at_least_float32(called(model, inputs, count, use_cache=use_cache).logits[:, -count:])
 
 
-def _called(model: nn.Module, inputs: Mapping[str, Any], count: int, *, use_cache: bool = False) -> Any:
+def called(model: nn.Module, inputs: Mapping[str, Any], count: int, *, use_cache: bool = False) -> Any:
     """What the model makes of those inputs that it takes, with the logits of the last `count` positions at least."""
     accepted = _accepted(model)
     options = {"logits_to_keep": count, "use_cache": use_cache}
     taken = {name: value for name, value in {**inputs, **options}.items() if name in accepted}
     with output_embedding.contiguous_input(model.get_output_embeddings()):  # type: ignore[operator]
         return model(**taken)
+
+
+def keeps_a_cache(model: nn.Module) -> bool:
+    """Whether the model can go on from what it has read."""
+    return "past_key_values" in _accepted(model)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ Train a booster; judge it; lay it on the base, or roll back; note it in the ledg
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,7 @@ from lorica.adapters.injection import Live
 from lorica.training.fit import Progress, Step
 from lorica.training.ledger import Entry, Ledger
 from lorica.training.rounds import RoundRule
-
-INTERRUPTED = "interrupted"
+from lorica.training.stretch import INTERRUPTED, inside, within
 
 
 @dataclass
@@ -31,7 +30,8 @@ class Round:
     live: Live
     rule: RoundRule
     start: Adapter  # the new booster, and the heads that it found
-    best: Adapter | None = None
+    best: dict[str, Tensor] | None = None
+    best_step: int | None = None
     before: Tensor | None = None  # (b,) the probe's losses before the round
     last_loss: float | None = None
 
@@ -41,14 +41,57 @@ class Round:
             self.last_loss = step.loss
         verdict = self.rule.after(step)
         if verdict.is_best:
-            self.best = injection.extract(self.live)
+            self.best, self.best_step = self.live.state(), step.step
         return verdict.reason
+
+    def tensors(self) -> dict[str, Tensor]:
+        kept = within("live", self.live.state()) | within("best", self.best or {})
+        return kept if self.before is None else {**kept, "probe|before": self.before}
+
+    def values(self) -> dict[str, Any]:
+        return {
+            "first_step": self.first_step,
+            "best_step": self.best_step,
+            "last_loss": self.last_loss,
+            "rule": self.rule.state(),
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        self.live.restore(inside("live", tensors))
+        self.best, self.before = inside("best", tensors) or None, tensors.get("probe|before")
+        self.first_step, self.best_step = values["first_step"], values["best_step"]
+        self.last_loss = values["last_loss"]
+        self.rule.restore(values["rule"])
 
 
 class TrainRound(Protocol):
     """Trains a round to its end and returns why it ended; `INTERRUPTED` leaves it to be resumed."""
 
-    def __call__(self, round: Round) -> str: ...
+    def __call__(self, round: Round, /) -> str: ...
+
+
+class Judge(Protocol):
+    """Says at the end of a round whether its booster is laid on."""
+
+    def before(self) -> Tensor:
+        """What it sees before a round, to be kept as the round's `before`."""
+
+    def accepts(self, round: Round) -> bool:
+        """Whether the booster is laid on, which stands on the model as it would be."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Accepts what improves the losses of fixed examples, (b,), by more than `k` standard errors."""
+
+    losses: Callable[[], Tensor]
+    k: float = 1.0
+
+    def before(self) -> Tensor:
+        return self.losses()
+
+    def accepts(self, round: Round) -> bool:
+        return improves(round.before, self.losses(), self.k)
 
 
 @dataclass
@@ -94,17 +137,15 @@ def boost(
     shrinkage: float = 1.0,
     dropout: float = 0.0,
     train_factors: str = "both",
-    probe: Callable[[], Tensor] | None = None,
-    probe_k: float = 1.0,
+    judge: Judge | None = None,
     resumed: Callable[[Round], None] | None = None,
     on_round: Callable[[Entry], None] = lambda entry: None,
 ) -> bool:
     """Boost from `progress` to step `num_steps`; the ledger holds every round, the foundation what was laid on.
 
     `new_booster(k)` gives round k's first factors and heads; `resumed` puts a kept state into the first round. A
-    round's best booster is taken where the rule rolls back; with a `probe` (per-example losses of a fixed batch) it is
-    laid on only if it improves the probe by more than `probe_k` standard errors. Returns whether the run came to its
-    end; an interrupted one is left inside a round.
+    round's best booster is taken where the rule rolls back; with a `judge` it is laid on only if that accepts it.
+    Returns whether the run came to its end; an interrupted one is left inside a round.
     """
     foundation.lay_on(ledger.chain())
     while progress.step < num_steps:
@@ -117,12 +158,12 @@ def boost(
         if resumed is not None:
             resumed(round)
             resumed = None
-        if probe is not None and round.before is None:
-            round.before = probe()
+        if judge is not None and round.before is None:
+            round.before = judge.before()
         reason = train_round(round)
         if reason == INTERRUPTED:
             return False
-        entry, booster = judged(round, reason, progress, shrinkage, probe, probe_k)
+        entry, booster = judged(round, reason, progress, shrinkage, judge)
         injection.remove(live)
         ledger.append(entry, booster)
         foundation.lay_on(ledger.chain())
@@ -135,19 +176,17 @@ def judged(
     reason: str,
     progress: Progress,
     shrinkage: float,
-    probe: Callable[[], Tensor] | None = None,
-    probe_k: float = 1.0,
+    judge: Judge | None = None,
 ) -> tuple[Entry, Adapter]:
     """The round's booster, rolled back to its best where the rule says so, and its line in the ledger.
 
     A rejected booster is kept beside the heads that it found.
     """
-    last = injection.extract(round.live)
     rolled_back = round.best is not None and round.rule.rolls_back(reason)
-    booster = round.best if rolled_back and round.best is not None else last
-    if rolled_back:
-        round.live.put(booster)
-    accepted = probe is None or improves(round.before, probe(), probe_k)
+    if rolled_back and round.best is not None:
+        round.live.restore(round.best)
+    booster = injection.extract(round.live)
+    accepted = judge is None or judge.accepts(round)
     smoothed = round.rule.state()
     entry = Entry(
         round=round.number,
@@ -162,6 +201,7 @@ def judged(
         norm=booster.norm(),
         file="",
         sha256="",
+        kept_step=round.best_step if rolled_back else progress.step,
     )
     return entry, booster if accepted else Adapter(booster.updates, round.start.heads)
 

@@ -18,7 +18,13 @@ Watch = Callable[[Step], None]
 
 def write_steps(path: JsonLines) -> Watch:
     """Every step as a line of `training_loss.jsonl`."""
-    return lambda step: path.log(asdict(step))
+
+    def call(step: Step) -> None:
+        line = asdict(step)
+        del line["weights"]
+        path.log(line)
+
+    return call
 
 
 def tell_evaluation(step: Step, found: Evaluation, path: JsonLines, say: Console) -> None:

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorica import files
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.delta import LowRank
+from lorica.adapters.peft_format import apart
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSORS, VALUES, MANIFEST = "state.safetensors", "state.json", "MANIFEST.json"
 
 
@@ -39,14 +40,10 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int = 2) -> None:
     """Commit a snapshot under `folder`, then delete all but the newest `keep` by step."""
     folder.mkdir(exist_ok=True)
     with files.staged_folder(folder / f"step-{snapshot.step:08d}") as staging:
-        owned = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in snapshot.tensors.items()}
-        contents = {
-            TENSORS: save(owned),
-            VALUES: json.dumps({"step": snapshot.step, **snapshot.values}, allow_nan=False).encode(),
-        }
-        for name, content in contents.items():
-            files.write_atomic(staging / name, content)
-        manifest = {name: {"bytes": len(each), "sha256": _hash(each)} for name, each in contents.items()}
+        # Straight from the tensors' own memory: of a model that is trained whole, the only copy is on the disk.
+        save_file(apart(snapshot.tensors), staging / TENSORS)
+        files.write_json(staging / VALUES, {"step": snapshot.step, **snapshot.values})
+        manifest = {name: _described(staging / name) for name in (TENSORS, VALUES)}
         files.write_json(staging / MANIFEST, {"format": FORMAT_VERSION, "files": manifest})
     for old in _by_step(folder)[keep:]:
         trash = old.with_name(f".{old.name}.trash")
@@ -61,7 +58,7 @@ def newest_checkpoint(folder: Path) -> tuple[Snapshot | None, list[str]]:
         fault = _fault(path)
         if fault is None:
             values = json.loads((path / VALUES).read_text("utf-8"))
-            return Snapshot(values.pop("step"), load((path / TENSORS).read_bytes()), values), skipped
+            return Snapshot(values.pop("step"), load_file(path / TENSORS), values), skipped
         skipped.append(f"{path.name}: {fault}")
     return None, skipped
 
@@ -77,18 +74,19 @@ def _fault(path: Path) -> str | None:
         if manifest["format"] != FORMAT_VERSION:
             return f"format {manifest['format']}, and this lorica reads {FORMAT_VERSION}"
         for name in (TENSORS, VALUES):
-            content = (path / name).read_bytes()
-            if len(content) != manifest["files"][name]["bytes"]:
+            found, expected = _described(path / name), manifest["files"][name]
+            if found["bytes"] != expected["bytes"]:
                 return f"{name} is truncated"
-            if _hash(content) != manifest["files"][name]["sha256"]:
+            if found["sha256"] != expected["sha256"]:
                 return f"{name} does not match its hash"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"incomplete ({type(error).__name__})"
     return None
 
 
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _described(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def adapter_tensors(prefix: str, adapter: Adapter) -> dict[str, Tensor]:

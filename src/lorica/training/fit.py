@@ -34,6 +34,7 @@ class Step:
     applied: bool = True
     num_left_out: int = 0  # directions of this step whose loss was not finite
     trend_t: float | None = None  # t-statistic of the loss's trend, where somebody measures it
+    weights: tuple[float, ...] = ()  # of a zeroth-order step's directions; not in that line, but in `replay.jsonl`
 
 
 @dataclass
@@ -80,10 +81,7 @@ def fit(
         estimate = estimator(objective, trainable, taken, progress.step)
         applied = _is_finite(estimate, trainable.values())
         if applied:
-            if max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(trainable.values(), max_grad_norm)
-            set_learning_rate(optimizer, rate)
-            optimizer.step()
+            apply(optimizer, trainable, rate, max_grad_norm)
         _move_on(progress, estimate, taken, applied)
         progress.seconds = time.monotonic() - begin
         reason = on_step(_told(progress, estimate, rate, applied))
@@ -98,7 +96,17 @@ def _is_finite(estimate: Estimate, parameters: Iterable[nn.Parameter]) -> bool:
     if not math.isfinite(estimate.loss):
         return False
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
+    return not gradients or bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
+
+
+def apply(
+    optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], rate: float, max_grad_norm: float | None
+) -> None:
+    """Take the step that the gradients ask for, after cutting them to `max_grad_norm`."""
+    if max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(trainable.values(), max_grad_norm)
+    set_learning_rate(optimizer, rate)
+    optimizer.step()
 
 
 def _move_on(progress: Progress, estimate: Estimate, taken: list[Batch], applied: bool) -> None:
@@ -112,7 +120,7 @@ def _move_on(progress: Progress, estimate: Estimate, taken: list[Batch], applied
 
 def _told(progress: Progress, estimate: Estimate, rate: float, applied: bool) -> Step:
     counts = progress.step, estimate.loss, rate, progress.forwards, progress.tokens, progress.seconds
-    return Step(*counts, applied, estimate.num_left_out)
+    return Step(*counts, applied, estimate.num_left_out, weights=estimate.weights)
 
 
 def stop_if_hopeless(progress: Progress, rate: float) -> None:

@@ -14,6 +14,7 @@ from lorica import files
 from lorica.adapters.adapter import Adapter, Head
 from lorica.adapters.delta import LowRank
 from lorica.errors import AdapterFormatError, ConfigError
+from lorica.processes import ALONE, Processes
 from lorica.training.checkpoints import adapter_of, adapter_tensors
 
 
@@ -33,6 +34,7 @@ class Entry:
     norm: float
     file: str
     sha256: str
+    kept_step: int | None = None  # the step after which the booster was taken; ledgers of old lack it
 
 
 @dataclass(frozen=True)
@@ -45,27 +47,32 @@ class Booster:
 
 
 class Ledger:
-    """The boosters of one run, in order. `append` writes; everything else only reads.
+    """The boosters of one run, in order. `append` and `forget_after` write, in the first process alone.
 
     A booster's file is written before the line that names it, so a crash between the two leaves a file that no line
     names; the resumed run writes the same bytes over it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, processes: Processes = ALONE) -> None:
         self.lines = folder / "ledger.jsonl"
         self.folder = folder / "boosters"
+        self.processes = processes
         self.boosters: list[Booster] = []
 
     @classmethod
-    def open(cls, folder: Path) -> Ledger:
+    def open(cls, folder: Path, processes: Processes = ALONE) -> Ledger:
         """The ledger that a run left, every file checked against its hash (AdapterFormatError if one differs)."""
-        ledger = cls(folder)
-        records = files.read_records(ledger.lines) if ledger.lines.exists() else []
-        ledger.boosters = [ledger._read(Entry(**record)) for record in records]
+        ledger = cls(folder, processes)
+        records = files.read_records(ledger.lines) if processes.is_first and ledger.lines.exists() else []
+        ledger.boosters = processes.of_first([ledger._read(Entry(**record)) for record in records])
         return ledger
 
     def append(self, entry: Entry, booster: Adapter) -> None:
         """Keep a booster: its file first, then its line."""
+        whole = self._written(entry, booster) if self.processes.is_first else entry
+        self.boosters.append(Booster(whole, booster.updates, booster.heads))
+
+    def _written(self, entry: Entry, booster: Adapter) -> Entry:
         self.folder.mkdir(exist_ok=True)
         tensors = adapter_tensors("booster", booster)
         content = save({key: tensor.detach().cpu().clone() for key, tensor in tensors.items()})
@@ -73,7 +80,7 @@ class Ledger:
         files.write_atomic(self.folder / name, content)
         whole = replace(entry, file=name, sha256=hashlib.sha256(content).hexdigest())
         files.append_record(self.lines, asdict(whole))
-        self.boosters.append(Booster(whole, booster.updates, booster.heads))
+        return whole
 
     def truncated(self, num_rounds: int) -> Ledger:
         """The first rounds alone, for staged evaluation; nothing on the disk changes."""
@@ -93,8 +100,9 @@ class Ledger:
     def forget_after(self, step: int) -> None:
         """Cut the rounds that ended after `step` off the disk's list: a resumed run makes them again."""
         self.boosters = [each for each in self.boosters if each.entry.last_step <= step]
-        lines = "".join(files.record_line(asdict(each.entry)) for each in self.boosters)
-        files.write_atomic(self.lines, lines)
+        if self.processes.is_first:
+            lines = "".join(files.record_line(asdict(each.entry)) for each in self.boosters)
+            files.write_atomic(self.lines, lines)
 
     def chain(self, base_model: str | None = None) -> Adapter:
         """The chain as one adapter, exact: A = [A_k], B = [weight·s_k·B_k], scale 1; heads as of the last round."""
@@ -119,7 +127,7 @@ class Ledger:
         if hashlib.sha256(content).hexdigest() != entry.sha256:
             raise AdapterFormatError(f"{self.folder / entry.file} does not match its hash in the ledger")
         booster = adapter_of("booster", load(content))
-        return Booster(entry, booster.updates if booster else {}, booster.heads if booster else {})
+        return Booster(entry, dict(booster.updates) if booster else {}, dict(booster.heads) if booster else {})
 
 
 def joined(updates: Sequence[LowRank]) -> LowRank:

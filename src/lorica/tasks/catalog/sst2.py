@@ -5,6 +5,6 @@ from lorica.tasks.base import Hub, Prompt, TaskSpec
 TASK = TaskSpec(
     labels=("negative", "positive"),
     texts=("text",),
-    prompts={"default": Prompt("{text} It was", {"negative": "terrible", "positive": "great"})},
+    prompts={"default": Prompt("{text} It was", {"negative": "terrible", "positive": "great"}, " It was")},
     hub=Hub("stanfordnlp/sst2", columns={"text": "sentence"}),
 )
