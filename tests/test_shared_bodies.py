@@ -19,7 +19,7 @@ from lorica.adapters.adapter import Adapter
 from lorica.config import MergeConfig
 from lorica.demo import language
 from lorica.models import Base
-from lorica.runs import merge_evaluation
+from lorica.runs import merge_evaluation, ready
 from lorica.runs.bodies import sharing
 from lorica.runs.merge_evaluation import open_arenas
 from lorica.runs.sources import Source, resolve
@@ -116,13 +116,13 @@ def arenas(sources: list[Source], **tree: object) -> list[merge_evaluation.Arena
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tasks of the evaluations that really run from now on."""
     calls: list[str] = []
-    evaluate = merge_evaluation.evaluate
+    evaluate = ready.evaluate
 
     def spy(model: object, task: object, *rest: object, **options: object) -> object:
         calls.append(task.name)  # type: ignore[attr-defined]
         return evaluate(model, task, *rest, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(merge_evaluation, "evaluate", spy)
+    monkeypatch.setattr(ready, "evaluate", spy)
     return calls
 
 

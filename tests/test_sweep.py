@@ -24,7 +24,7 @@ from lorica.demo import language
 from lorica.errors import ConfigError, LoricaError, MissingPathError, ResumeError
 from lorica.evaluation.evaluate import evaluate
 from lorica.evaluation.recovery import recovery
-from lorica.runs import merge_evaluation
+from lorica.runs import ready
 from lorica.runs.sweep import Swept
 from lorica.runs.sweep_bench import outcome
 from lorica.studies.search import Trial, ranked
@@ -292,7 +292,7 @@ def test_neither_zero_nor_an_infinite_merge_is_evaluated(
         calls.append("")
         return evaluate(*arguments, **options)
 
-    monkeypatch.setattr(merge_evaluation, "evaluate", counted)
+    monkeypatch.setattr(ready, "evaluate", counted)
     words = ("--adapters", "topic", "idle", "method=uniform_scalar_delta", "final_split=null", "save_merged=false")
     search = (*size, "--grid", '{"scale": [1.0e+39, 0.0, 1.0]}')
     _, summary = swept(runs_dir, tmp_path / "out", *words, *search)

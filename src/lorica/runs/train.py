@@ -45,13 +45,22 @@ def train(given: TrainConfig, say: Console) -> Trained:
     nothing is trained, and the base model is evaluated as it is, behind demonstrations if there are any. Raises
     InterruptedRunError after SIGTERM or SIGINT, when a checkpoint has been written.
     """
-    if given.trainer == "none" and given.resume is None:
-        begin = time.monotonic()
-        run, found = evaluate_in_context(given, say)
-        return Trained(run, found, time.monotonic() - begin)
     with processes.joined() as together:
+        if given.trainer == "none" and given.resume is None:
+            return _shown(given, together, say)
         say = say if together.is_first else Console(quiet=True)
         return _gone_on(given, together, say) if given.resume is not None else _begun(given.resolved(), together, say)
+
+
+def _shown(cfg: TrainConfig, together: Processes, say: Console) -> Trained:
+    """A run that trains nothing."""
+    if together.num > 1:
+        raise ConfigError(
+            f"trainer=none trains nothing that {together.num} processes could share: run it without torchrun"
+        )
+    begin = time.monotonic()
+    run, found = evaluate_in_context(cfg, say)
+    return Trained(run, found, time.monotonic() - begin)
 
 
 def _begun(cfg: TrainConfig, together: Processes, say: Console) -> Trained:

@@ -123,9 +123,9 @@ class TrainingStream:
         return generator.sample(batches, len(batches))
 
 
-def evaluation_order(sizes: Sequence[int | tuple[int, ...]], batch_size: int) -> list[list[int]]:
-    """Every row once, largest first: the first batch shows whether the memory suffices."""
-    order = sorted(range(len(sizes)), key=lambda index: (sizes[index], -index), reverse=True)
+def evaluation_order(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Every row once, longest first: the first batch shows whether the memory suffices."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return _cut(order, batch_size)
 
 

@@ -45,36 +45,44 @@ def load_task(
     """
     name, spec = _spec_of(name, path)
     columns = dict(columns or {})
-    own_files = spec is not None and path is None and "train" in (more_files or {})
-    if more_files and not (name.startswith("file:") or own_files):
-        raise ConfigError(f"task.files goes with task.name=file:TRAIN_FILE, and the task is {name}: drop one of them")
     if kind == "classification" and spec is not None and (spec.options or not spec.labels):
         raise ConfigError(f"{name} has no labels that all its examples share, and a head needs them: it goes by prompt")
-    if name.startswith("file:"):
-        raw = read_files({"train": name.removeprefix("file:"), **(more_files or {})})
-    elif own_files:
-        raw = read_files(more_files or {})
-    elif path is not None:
-        raw = read_folder(Path(path))
-    elif name.startswith("hub:"):
-        repository, _, config = name.removeprefix("hub:").partition(":")
-        raw = read_hub(Hub(repository, config or None, label_column=label_column), None)
-    else:
-        assert spec is not None and spec.hub is not None
-        raw = read_hub(spec.hub, None if spec.labels_vary else spec.labels)
-        columns, label_column = {**spec.hub.columns, **columns}, spec.hub.label_column
+    if sfc and (kind == "classification" or (spec is not None and spec.kind == "generation")):
+        raise ConfigError(f"task.sfc calibrates the options behind a prompt, and {name} has none: drop it")
+    raw, hub = _read(name, spec, path, more_files or {}, label_column)
+    if hub is not None:
+        columns, label_column = {**hub.columns, **columns}, hub.label_column
     names = _label_names(name, labels, spec, raw, label_column)
     asked = _prompt(name, kind, spec, raw, prompt, template, verbalizer, names)
     texts = spec.texts if spec else tuple(columns) or ("text",)
     reading = Reading(spec, columns, label_column, raw.labels or names, names, texts, asked)
     splits = {split: read_examples(rows, reading) for split, rows in raw.splits.items()}
-    if sfc and (kind == "classification" or (spec is not None and spec.kind == "generation")):
-        raise ConfigError(f"task.sfc calibrates the options behind a prompt, and {name} has none: drop it")
     whole = complete_splits(splits, num_dev=num_dev, num_eval=num_eval, seed=seed)
     if spec is None:
         return Task(name, kind, names, texts, asked, ("accuracy", "macro_f1"), whole, sfc=sfc)
     kind = kind if kind == "classification" else spec.kind
     return Task(name, kind, names, texts, asked, spec.metrics, whole, spec.train_as, spec.max_new_tokens, sfc)
+
+
+def _read(
+    name: str, spec: TaskSpec | None, path: str | None, more_files: Mapping[Split, str], label_column: str
+) -> tuple[Raw, Hub | None]:
+    """(the task's rows, where in the hub they are from if they are)"""
+    from_files = spec is not None and path is None and "train" in more_files
+    if more_files and not (name.startswith("file:") or from_files):
+        raise ConfigError(f"task.files goes with task.name=file:TRAIN_FILE, and the task is {name}: drop one of them")
+    if name.startswith("file:"):
+        return read_files({"train": name.removeprefix("file:"), **more_files}), None
+    if from_files:
+        return read_files(more_files), None
+    if path is not None:
+        return read_folder(Path(path)), None
+    if name.startswith("hub:"):
+        repository, _, config = name.removeprefix("hub:").partition(":")
+        hub = Hub(repository, config or None, label_column=label_column)
+        return read_hub(hub, None), hub
+    assert spec is not None and spec.hub is not None
+    return read_hub(spec.hub, None if spec.labels_vary else spec.labels), spec.hub
 
 
 def _spec_of(name: str | None, path: str | None) -> tuple[str, TaskSpec | None]:
