@@ -93,6 +93,20 @@ def _zo_step(record: Record) -> str:
     return _markdown(head, rows)
 
 
+def _evaluation_speed(record: Record) -> str:
+    rows = [
+        (
+            f"{row['task']}, {row['tokens']:.0f} tokens, {row['options']:.0f} options",
+            f"{row['lorica_ms']:.1f} ms",
+            f"{row['reference_ms']:.1f} ms",
+            _spread(row, "speedup"),
+            f"{row['difference']:.0e}",
+        )
+        for row in record["rows"]
+    ]
+    return _markdown(("an example of", "lorica", "one option at a time", "ratio", "scores differ by"), rows)
+
+
 def _spread(row: Record, name: str) -> str:
     low, high = row[f"{name}_spread"]
     return f"{row[name]:.2f} ({low:.2f} to {high:.2f})"
@@ -242,6 +256,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 TABLES: dict[str, Callable[[Record], str]] = {
     "step_time": _step_time,
+    "evaluation_speed": _evaluation_speed,
     "zo_step": _zo_step,
     "zo_step_gpu": _zo_step,
     "quality_vs_peft": _quality_vs_peft,

@@ -6,15 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from lorica import config, files
+from lorica import cli, config, files
 from lorica.config import TrainConfig, mezo
 from lorica.demo import language
 from lorica.errors import ConfigError, UnknownNameError
 
+COMMAND = CliRunner()
 GIVEN = {
     "TASK": "RTE", "MODEL": "M", "BS": "8", "LR": "2e-5", "EPS": "1e-2", "SEED": "3", "TRAIN": "100", "DEV": "50",
     "EVAL": "60", "STEPS": "700", "EVAL_STEPS": "70",
@@ -101,18 +102,18 @@ def test_the_command_trains(tmp_path: Path, mode: str) -> None:
     language.write_tasks(tmp_path)
     run = tmp_path / "run"
     small = {"BS": "2", "STEPS": "2", "TRAIN": "8", "DEV": "8", "EVAL": "8", "EVAL_STEPS": "2"}
-    done = _run({"MODE": mode, "TASK": "here", "MODEL": "demo", **small}, f"task.path={tmp_path / 'topic'}", run)
-    assert done.returncode == 0, done.stderr
+    words = [f"task.path={tmp_path / 'topic'}", f"output_dir={run}"]
+    done = COMMAND.invoke(cli.mezo_app, words, env={"MODE": mode, "TASK": "here", "MODEL": "demo", **small})
+    assert done.exit_code == 0, done.output
     assert len(files.read_records(run / "training_loss.jsonl")) == 2
-    done = _run({"MODE": "xgblor", "TASK": "here"}, "seed=1", run)
-    assert done.returncode == 2 and "did you mean xgblora" in done.stderr and "Traceback" not in done.stderr
 
 
-def _run(environment: dict[str, str], word: str, run: Path) -> Any:
-    return subprocess.run(
-        [sys.executable, "-c", "from lorica.cli import mezo; mezo()", word, f"output_dir={run}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+def test_a_mode_that_does_not_exist_is_told_in_a_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from lorica.cli import mezo; mezo()", "seed=1", f"output_dir={tmp_path / 'run'}"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MODE": "xgblor", "TASK": "here"},
         capture_output=True,
         text=True,
         check=False,
     )
+    assert done.returncode == 2 and "did you mean xgblora" in done.stderr and "Traceback" not in done.stderr

@@ -23,6 +23,7 @@ from lorica.errors import ConfigError
 from lorica.models import Base
 from lorica.optim import probes
 from lorica.optim.probes import Probing
+from lorica.tasks import batching
 from lorica.tasks.batching import Batch, ChoiceBatch, HeadBatch, mapped
 from lorica.tasks.objectives import LossModule, RepeatAt, TrainAs, decisive_scores, scores
 
@@ -318,7 +319,7 @@ def test_the_fastest_is_chosen_once_for_each_kind_of_batch(load: Load, monkeypat
 def test_a_pass_takes_no_more_tokens_than_the_cap(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     ready, probing = setup(load("opt")), Probing(timed=True)
     monkeypatch.setattr(probes, "_seconds", lambda of, points, num_branches, repeat_at: 1 / num_branches)
-    monkeypatch.setattr(probes, "MAX_TOKENS", {"cpu": 2 * 28})
+    monkeypatch.setattr(batching, "MAX_TOKENS", {"cpu": 2 * 28})
     ready.losses(probing)
     assert list(probing.chosen.values()) == [2]
 

@@ -6,7 +6,6 @@ import io
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
-from lorica import config, files, runs
+from lorica import cli, config, files, runs
 from lorica.config import ReplayConfig, TrainConfig
 from lorica.demo import language
 from lorica.errors import ConfigError, DataError, InterruptedRunError, MissingPathError, OutputExistsError
@@ -350,11 +350,5 @@ def test_the_command_says_identical_or_exits_with_1(run: Run, tmp_path: Path) ->
 
     spoilt = changed(run("lora"), tmp_path / "spoilt", spoil)
     for folder, code, told in ((run("lora"), 0, "identical: 58 steps"), (spoilt, 1, "differs")):
-        done = subprocess.run(
-            [sys.executable, "-m", "lorica", "replay", str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == code and told in done.stdout, done
+        done = CliRunner().invoke(cli.app, ["replay", str(folder)])
+        assert done.exit_code == code and told in done.output, done.output

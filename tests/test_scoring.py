@@ -135,6 +135,25 @@ def test_score_all_restores_the_order(load: Load, family: str, answers: str, bat
     assert_scores(found, reference(base, task))
 
 
+@pytest.mark.parametrize("num_tokens", [1, 60, 10_000])
+def test_a_batch_has_no_more_tokens_than_pay(load: Load, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load("opt")
+    rows = encoded(base, choice("one token"))
+    expected = score_all(base.model, rows, collator(base), batch_size=4)
+    monkeypatch.setattr(batching, "MAX_TOKENS", {"cpu": num_tokens})
+    shapes = []
+
+    def spy(rows: Sequence[Encoded]) -> Batch:
+        batch = collator(base)(rows)
+        shapes.append(batch.inputs["input_ids"].shape)
+        return batch
+
+    found = score_all(base.model, rows, spy, batch_size=4)
+    assert all(rows == 1 or rows * length <= num_tokens for rows, length in shapes)
+    assert max(rows for rows, _ in shapes) == {1: 1, 60: 3, 10_000: 4}[num_tokens]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_score_all_scores_in_eval_mode_and_puts_the_modes_back(load: Load) -> None:
     base, task = load("opt"), choice()
     base.model.train()

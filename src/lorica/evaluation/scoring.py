@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorica.progress import tracked
-from lorica.tasks.batching import Batch
+from lorica.tasks.batching import Batch, most_tokens
 from lorica.tasks.objectives import scores
 from lorica.tasks.prompting import Choice, Classified, Encoded
 
@@ -31,7 +31,7 @@ def score_all(
 
     An example that has fewer options than another scores minus infinity for those that it lacks.
     """
-    order = _order(rows, batch_size)
+    order = _order(rows, batch_size, most_tokens(model))
     with in_eval_mode(model):
         parts = [
             scores(model, collate([rows[index] for index in batch])).cpu()
@@ -66,8 +66,8 @@ def way_back(order: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([index for batch in order for index in batch]).argsort()
 
 
-def _order(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:
-    """Batches of rows with similar numbers of options, and of those with similar lengths.
+def _order(rows: Sequence[Encoded], batch_size: int, num_tokens: float) -> list[list[int]]:
+    """Batches of rows with similar numbers of options, and of those with similar lengths: at most `num_tokens` in each.
 
     Where the options are more than `MANY_OPTIONS`, a batch has as many fewer examples. The longest option of a batch
     behind its longest prompt is no longer than the longest row is, so that every option can go on from its prompt.
@@ -80,7 +80,8 @@ def _order(rows: Sequence[Encoded], batch_size: int) -> list[list[int]]:
     for index in sorted(range(len(rows)), key=lambda index: (sizes[index], -index), reverse=True):
         _, length, more = sizes[index]
         prompt, option = max(prompt, length - more), max(option, more)
-        if not batches or len(batches[-1]) == size or prompt + option > limit:
+        room = min(size, num_tokens // (prompt + option))  # of a batch with this row in it
+        if not batches or len(batches[-1]) >= room or prompt + option > limit:
             batches.append([])
             prompt, option = length - more, more
         batches[-1].append(index)

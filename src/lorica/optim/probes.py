@@ -16,11 +16,10 @@ from lorica.adapters.branches import can_branch, can_share
 from lorica.errors import ConfigError
 from lorica.optim.directions import flat_size
 from lorica.processes import Processes
-from lorica.tasks.batching import Batch, share
+from lorica.tasks.batching import Batch, most_tokens, share
 from lorica.tasks.objectives import LossModule, RepeatAt
 
-MAX_TOKENS = {"cpu": 512}  # of a pass of several branches: a larger one is no faster a token, and takes memory
-MAX_TOKENS_ELSEWHERE = 4096
+MAX_TOKENS = 4096  # of a pass of several branches, at most
 WORTH = 0.95  # more branches a pass must take less than this share of the time
 NUM_TIMINGS = 3  # of which the least counts
 SPREAD = 0.1  # standard deviation of the noise that puts two points well apart
@@ -42,8 +41,7 @@ class Pass:
     @property
     def most_branches(self) -> int:
         """That fit into a pass, at least 1."""
-        device = next(iter(self.trainable.values())).device.type
-        return max(1, MAX_TOKENS.get(device, MAX_TOKENS_ELSEWHERE) // self.num_tokens)
+        return max(1, int(min(most_tokens(self.objective.model), MAX_TOKENS)) // self.num_tokens)
 
     def losses(self, points: Tensor, num_branches: int, repeat_at: RepeatAt) -> Tensor:
         """(G,) float64: the batch's loss at each of the points (G, n), so many of them in one pass."""

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorica import randomness
 from lorica.tasks.prompting import Choice, Classified, Encoded, Tokens
 
 WORTH_GOING_ON = 0.8  # of the tokens, below which a second pass over the options pays
+MAX_TOKENS = {"cpu": 512}  # of a pass without gradients: a larger one is no faster a token, and takes memory
 POOL_BATCHES = 50  # rows are sorted by length inside pools of so many batches: little padding, and still shuffled
 
 
@@ -121,6 +122,11 @@ class TrainingStream:
             batch for pool in pools for batch in _cut(sorted(pool, key=self.lengths.__getitem__), self.batch_size)
         ]
         return generator.sample(batches, len(batches))
+
+
+def most_tokens(model: nn.Module) -> float:
+    """Tokens, with padding, that a pass without gradients should have at most on the model's device."""
+    return MAX_TOKENS.get(next(model.parameters()).device.type, math.inf)
 
 
 def evaluation_order(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
