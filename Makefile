@@ -28,7 +28,7 @@ demo: install  ## train on the embedded model and tasks, print a table, leave an
 	$(BIN)/lorica demo
 
 test: install  ## every test that needs neither a network nor a GPU
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not shared"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not shared"
 
 check: install  ## lint, format and types
 	$(BIN)/ruff check src tests benchmarks examples
