@@ -215,9 +215,7 @@ def is_stopped(patch: pytest.MonkeyPatch, rank: str, step: int) -> None:
     patch.setattr(fit, "_told", told)
 
 
-@pytest.mark.parametrize(
-    ("name", "rank"), [("spsa", "1"), ("adaptive", "0"), pytest.param("adaptive", "1", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("name", "rank"), [("spsa", "1"), ("adaptive", "0"), ("adaptive", "1")])
 def test_a_signal_to_any_stops_all_and_all_go_on(
     together: Pair, data: Path, tmp_path: Path, name: str, rank: str
 ) -> None:
