@@ -40,7 +40,17 @@ RUNS = ROOT / "results" / "zo_defaults_runs.jsonl"
 MODELS = {"encoder": ("minilm", "classification"), "causal": ("tinystories3m_chat", "choice")}
 FORWARDS, NUM_LOOKS = 10_000, 20
 GRID = [{"learning_rate": rate, "zo.epsilon": 1e-2} for rate in (1e-4, 5e-5)]  # arXiv 2305.17333, table 15
-MEZO = {"trainer": "zo", "adapter.rank": 8, "adapter.alpha": 16, "zo.train": "both"}
+MEZO = {
+    "trainer": "zo",
+    "adapter.rank": 8,
+    "adapter.alpha": 16,
+    "adapter.init": "kaiming",
+    "zo.estimator": "spsa",
+    "zo.num_directions": 1,
+    "zo.distribution": "gaussian",
+    "zo.normalize": "none",
+    "zo.train": "both",
+}
 ARMS: dict[str, dict[str, Any]] = {
     "mezo": MEZO,
     "lorica": {"trainer": "zo"},

@@ -34,15 +34,17 @@ BASE = (
 )
 ADAPTIVE = (
     "adapter.kind=xgblora boosting.use_adaptive_merge=true boosting.patience=7 boosting.improvement_threshold=0.02 "
-    "boosting.judge=probe boosting.probe_size=8 learning_rate=0.1"
+    "boosting.judge=probe boosting.probe_size=8 learning_rate=0.1 adapter.init=kaiming"
 )
 RUNS = {
-    "lora": "adapter.rank=2",
+    "lora": "adapter.rank=2 adapter.init=kaiming",
+    "classes": "adapter.rank=2",
     "both factors": "adapter.rank=2 zo.train=both optimizer=adamw schedule=linear warmup=0.1",
     "scaled": "zo.estimator=one_sided zo.num_directions=3 zo.distribution=rademacher zo.space=update zo.normalize=rms "
     "zo.clip=2 learning_rate=1e-3 optimizer=momentum gradient_accumulation_steps=2 max_steps=30",
     "clipped": "max_grad_norm=0.5 weight_decay=0.1 schedule=cosine max_steps=30",
     "head": "task.kind=classification",
+    "classes, rounds": "adapter.kind=xgblora boosting.steps_per_iteration=10 task.kind=classification",
     "rounds": "adapter.kind=xgblora boosting.steps_per_iteration=10 boosting.layer_fraction=0.5 boosting.rewarm=true "
     "warmup=5 boosting.shrinkage=0.7 boosting.orthogonal=true",
     "epochs": "adapter.kind=xgblora boosting.merge_frequency=1 max_steps=null num_epochs=2.5",
@@ -289,7 +291,7 @@ def test_another_config_base_or_machine_is_named(run: Run, tmp_path: Path) -> No
     found = replay(folder)
     assert found.differs == (1, 25) and any("another config" in remark for remark in found.remarks)
     text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(text.replace("num_directions: 1", "num_directions: 2"))
+    (folder / "config.yaml").write_text(text.replace("num_directions: 8", "num_directions: 2"))
     with pytest.raises(DataError, match="directions"):
         replay(folder)
 

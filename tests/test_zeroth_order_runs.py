@@ -60,7 +60,7 @@ def read(*words: str) -> TrainConfig:
     [
         (["zo.epsilon=1e-2"], ["zo.epsilon", "trainer=backprop", "trainer=zo"]),
         (["trainer=spsa", "zo.estimator=one_sided"], ["trainer=spsa", "one_sided", "trainer=zo"]),
-        (["trainer=zo", "zo.estimator=one_sided"], ["zo.num_directions=2"]),
+        (["trainer=zo", "zo.estimator=one_sided", "zo.num_directions=1"], ["zo.num_directions=2"]),
         (["trainer=zo", "zo.estimator=forward_gradient", "zo.epsilon=1e-2"], ["zo.epsilon=0.01", "does nothing"]),
         (["trainer=zo", "zo.estimator=forward_gradient", "zo.branches=4"], ["zo.branches=4", "does nothing"]),
         (
@@ -144,16 +144,19 @@ def test_a_run_with_scaled_slopes_resumes_bit_for_bit(
 @pytest.mark.parametrize(
     ("more", "forwards"),
     [
-        (["zo.num_directions=3"], 6),
+        ([], 8),
+        (["zo.num_directions=3"], 3),
+        (["zo.num_directions=3", "zo.estimator=spsa"], 6),
         (["zo.num_directions=3", "zo.estimator=one_sided", "gradient_accumulation_steps=2"], 6),
         (["zo.num_directions=2", "zo.estimator=forward_gradient"], 4),
-        (["zo.objective=accuracy", "zo.epsilon=0.1"], 2),
+        (["zo.objective=accuracy", "zo.epsilon=0.1"], 8),
     ],
 )
 def test_a_step_counts_every_candidate_as_a_forward(data: Path, tmp_path: Path, more: list[str], forwards: int) -> None:
     run, said = train(*words_for(data, tmp_path / "run", "max_steps=3", *more))
     steps = files.read_records(run / "training_loss.jsonl")
-    assert [step["forwards"] for step in steps] == [forwards, 2 * forwards, 3 * forwards]
+    first = 64 // 4  # the look at the classes, a batch a forward
+    assert [step["forwards"] for step in steps] == [first + forwards * number for number in (1, 2, 3)]
     assert all(step["trend_t"] is None and step["num_left_out"] == 0 for step in steps)
     assert "A stays as drawn" in said
 
@@ -171,7 +174,14 @@ def test_B_alone_moves_unless_both_are_asked_for(data: Path, tmp_path: Path) -> 
 
 def test_a_diverging_run_is_not_silent(data: Path, tmp_path: Path) -> None:
     """alpha 16 at rank 1 makes a step in weight space 256 times that of alpha 1."""
-    more = ["adapter.rank=1", "max_steps=60", "learning_rate=0.3", "adapter.targets=all-linear", "train_as=lm"]
+    more = [
+        "adapter.rank=1",
+        "adapter.init=kaiming",
+        "max_steps=60",
+        "learning_rate=0.3",
+        "adapter.targets=all-linear",
+        "train_as=lm",
+    ]
     _, calm = train(*words_for(data, tmp_path / "calm", *more, "adapter.alpha=1"))
     _, said = train(*words_for(data, tmp_path / "wild", *more, "adapter.alpha=16"))
     assert "warning" not in calm

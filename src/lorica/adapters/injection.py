@@ -8,9 +8,8 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -68,40 +67,6 @@ def initial_A(rank: int, width: int, init: Init, std: float | None, generator: t
             raise ShapeError("init=gaussian needs its standard deviation: give init_std")
         return drawn * std
     return torch.linalg.qr(drawn.T)[0].T.contiguous()
-
-
-@torch.no_grad()
-def along_inputs(
-    model: nn.Module, new: Adapter, run_batches: Callable[[], None], chain: Adapter, num_rows: int = 512
-) -> Adapter:
-    """`new` with its A's rows laid along the strongest directions of each module's inputs (activation-informed init).
-
-    `run_batches` runs some batches through the model; of each module's inputs at most `num_rows` rows a batch are kept.
-    The rows are the top right singular vectors, of length 1, of what the chain's A does not already read.
-    """
-    seen: dict[str, list[Tensor]] = {path: [] for path in new.updates}
-    hooks = [
-        model.get_submodule(path).register_forward_pre_hook(partial(_keep_rows, seen[path], num_rows)) for path in seen
-    ]
-    try:
-        run_batches()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    updates = {}
-    for path, update in new.updates.items():
-        X = torch.cat(seen[path])  # (n, in)
-        if path in chain.updates:
-            Q = torch.linalg.qr(chain.updates[path].A.double().T)[0]  # (in, K)
-            X = X - (X @ Q) @ Q.T
-        directions = torch.linalg.svd(X, full_matrices=False)[2][: update.rank]  # (r, in)
-        updates[path] = LowRank(directions.to(update.A.dtype).contiguous(), update.B, update.scale)
-    return Adapter(updates, new.heads, new.base_model)
-
-
-def _keep_rows(rows: list[Tensor], num_rows: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    flat = inputs[0].reshape(-1, inputs[0].shape[-1])
-    rows.append(flat[:: -(-len(flat) // num_rows)].double().cpu())
 
 
 def orthogonal_to(new: Adapter, chain: Adapter) -> Adapter:

@@ -123,7 +123,7 @@ def of_zeroth_order(cfg: TrainConfig) -> list[str]:
             "base_dropout=true under trainer=zo: two probes would differ by their dropout; drop it",
         ),
         (
-            zo.estimator == "one_sided" and zo.num_directions < 2,
+            zo.estimator == "one_sided" and zo.num_directions == 1,
             "zo.estimator=one_sided needs zo.num_directions=2 or more: a probe's baseline is the mean of the others",
         ),
         (

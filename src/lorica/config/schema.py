@@ -10,6 +10,7 @@ from lorica.config import contradictions
 from lorica.config.contradictions import LOW_RANK, refuse_set
 
 DEFAULT_RATES = {"lora": (1e-3, 1e-4), "full": (5e-5, 1e-6), "prefix": (1e-3, 1e-3)}  # by backprop, under zo
+RATE_OF_B = 3e-3  # under zo, where B alone is trained
 
 
 class Section(BaseModel):
@@ -56,10 +57,14 @@ class AdapterConfig(Section):
         "lora", description="xgblora: boosting, see boosting.*; full: no adapter; prefix: see prefix.*"
     )
     rank: int | None = Field(None, ge=1, description="None: 8, or 1 under xgblora")
-    alpha: float | None = Field(None, gt=0, description="scale = alpha / rank; None: 2 · rank, or rank")
+    alpha: float | None = Field(
+        None, gt=0, description="scale = alpha / rank; None: 2 · rank, or rank under xgblora by backprop"
+    )
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | list[str] = Field("standard", description="standard | extended | all-linear | names | a regex")
-    init: Literal["kaiming", "gaussian", "orthogonal", "activations"] = "kaiming"
+    init: Literal["auto", "kaiming", "gaussian", "orthogonal", "activations", "discriminant"] = Field(
+        "auto", description="of A; auto: kaiming, or discriminant where trainer=zo trains B alone"
+    )
     init_std: float | None = Field(None, gt=0, description="standard deviation of init=gaussian")
     profile: Literal["peft", "portable"] = Field("peft", description="how the adapter folder is written")
 
@@ -114,12 +119,16 @@ class BoostingConfig(Section):
 class ZerothOrderConfig(Section):
     """How trainer=zo estimates gradients from forward passes alone."""
 
-    estimator: Literal["spsa", "one_sided", "forward_gradient"] = Field(
-        "spsa", description="two probes a direction; one, against the mean of the others; the exact slope"
+    estimator: Literal["spsa", "one_sided", "forward_gradient"] | None = Field(
+        None,
+        description="two probes a direction; one, against the mean of the others; the exact slope. "
+        "None: one_sided where B alone is trained, else spsa",
     )
     epsilon: float = Field(1e-3, gt=0, description="how far a probe goes along its direction")
-    num_directions: int = Field(
-        1, ge=1, description="directions a step; the gradient is the mean of slope times direction"
+    num_directions: int | None = Field(
+        None,
+        ge=1,
+        description="directions a step; the gradient is the mean of slope times direction. None: 1, one_sided 8",
     )
     distribution: Literal["gaussian", "rademacher"] | None = Field(
         None, description="None: gaussian, or rademacher under adapter.kind=full, where the draws are the cost"
@@ -167,7 +176,9 @@ class TrainConfig(Section):
         "auto", description="cross-entropy over the options, or the right answer's words; auto: as the task's users do"
     )
     optimizer: Literal["adamw", "sgd", "momentum"] | None = Field(None, description="None: adamw, or sgd under zo")
-    learning_rate: float | None = Field(None, ge=0, description="None: 1e-3, zo 1e-4; full 5e-5, zo 1e-6")
+    learning_rate: float | None = Field(
+        None, ge=0, description="None: 1e-3, zo 3e-3, or 1e-4 for both factors; full 5e-5, zo 1e-6"
+    )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm; None: no clipping")
     schedule: Literal["constant", "linear", "cosine"] | None = Field(None, description="None: linear; zo constant")
@@ -266,7 +277,8 @@ class TrainConfig(Section):
                 update={"max_steps": 0, "task": self.task.model_copy(update={"kind": "classification"})}
             )
         zeroth_order = self.trainer == "zo"
-        rate = DEFAULT_RATES.get(kind, DEFAULT_RATES["lora"])[zeroth_order]
+        by_B = zeroth_order and kind in LOW_RANK and self._factors_of_zeroth_order() == "B"
+        rate = RATE_OF_B if by_B else DEFAULT_RATES.get(kind, DEFAULT_RATES["lora"])[zeroth_order]
         steps = 1000 if self.max_steps is None and self.num_epochs is None else self.max_steps
         return self.model_copy(
             update={
@@ -283,20 +295,29 @@ class TrainConfig(Section):
     def _low_rank_sections(self) -> dict[str, Any]:
         boosted = self.adapter.kind == "xgblora"
         rank = self.adapter.rank or (1 if boosted else 8)
-        alpha = self.adapter.alpha or (1.0 if boosted else 2.0) * rank
+        alpha = self.adapter.alpha or (1.0 if boosted and self.trainer != "zo" else 2.0) * rank
         return {"adapter": self.adapter.model_copy(update={"rank": rank, "alpha": alpha})}
 
     def _zeroth_order_sections(self) -> dict[str, Any]:
         """With the factors that are trained, of which two sections speak, in agreement."""
-        default = "rademacher" if self.adapter.kind == "full" else "gaussian"
-        zo = self.zo.model_copy(update={"distribution": self.zo.distribution or default})
-        if self.adapter.kind not in LOW_RANK:
+        low_rank, factors = self.adapter.kind in LOW_RANK, self._factors_of_zeroth_order()
+        estimator = self.zo.estimator or ("one_sided" if low_rank and factors == "B" else "spsa")
+        zo = self.zo.model_copy(
+            update={
+                "estimator": estimator,
+                "num_directions": self.zo.num_directions or (8 if estimator == "one_sided" else 1),
+                "distribution": self.zo.distribution or ("rademacher" if self.adapter.kind == "full" else "gaussian"),
+            }
+        )
+        if not low_rank:
             return {"zo": zo}
-        asked = self.boosting.train_factors if "train_factors" in self.boosting.model_fields_set else "B"
-        factors = asked if self.zo.train == "auto" else self.zo.train
         boosted = self.adapter.kind == "xgblora"
         boosting = self.boosting.model_copy(update={"train_factors": factors}) if boosted else self.boosting
         return {"zo": zo.model_copy(update={"train": factors}), "boosting": boosting}
+
+    def _factors_of_zeroth_order(self) -> Literal["both", "B"]:
+        asked = self.boosting.train_factors if "train_factors" in self.boosting.model_fields_set else "B"
+        return asked if self.zo.train == "auto" else self.zo.train
 
     def _prefix_section(self) -> dict[str, Any]:
         by_network = self.trainer == "backprop" if self.prefix.reparameterize is None else self.prefix.reparameterize

@@ -26,6 +26,10 @@ class Fitted:
     strength: float
     dev_loss: float
 
+    def at(self, path: str) -> dict[str, Tensor]:
+        """The parameters of the linear layer at `path`, under their names in the model."""
+        return {f"{path}.weight": self.weight, f"{path}.bias": self.bias}
+
 
 def fit_probe(
     features: Tensor, labels: Tensor, dev_features: Tensor, dev_labels: Tensor, *, num_classes: int, intercept: bool

@@ -1,8 +1,9 @@
 """`replay.jsonl`: what rebuilds a zeroth-order run from its base model, without data and without a forward pass.
 
-The first line is the header. Then each step has a line: the float32 weights of its directions, or none if it was not
-applied; the learning rate where it changes; every 100 steps a checksum of what is trained. A boosting round that ends
-has a line of what was decided. The directions themselves follow from the seed and the step (MATH section 3).
+The first line is the header. One may follow with what a first look at the examples has shown. Then each step has a
+line: the float32 weights of its directions, or none if it was not applied; the learning rate where it changes; every
+100 steps a checksum of what is trained. A boosting round that ends has a line of what was decided. The directions
+themselves follow from the seed and the step (MATH section 3).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from lorica import files, randomness
@@ -68,6 +71,7 @@ class Log:
     steps: Sequence[LoggedStep]
     rounds: Sequence[LoggedRound]
     later: Mapping[int, Header]
+    looked: Mapping[str, Tensor] = field(default_factory=dict)
     broken: str | None = None  # why nothing after the last of `steps` can be used
 
 
@@ -77,13 +81,13 @@ class ReplayLog:
     A log that is there is gone on with; `before` is its last header where that differs from the one given.
     """
 
-    def __init__(self, path: Path, header: Header) -> None:
+    def __init__(self, path: Path, header: Header, looked: Mapping[str, Tensor] | None = None) -> None:
         self.path = path
         self.num_rounds = 0
         self.before: dict[str, Any] | None = None
         self._waiting: list[str] = []
         self._rate: float | None = None
-        self._begin(asdict(header))
+        self._begin(asdict(header), looked or {})
 
     def __enter__(self) -> ReplayLog:
         return self
@@ -116,7 +120,7 @@ class ReplayLog:
         files.append_lines(self.path, "".join(self._waiting), durable=durable)
         self._waiting = []
 
-    def _begin(self, header: dict[str, Any]) -> None:
+    def _begin(self, header: dict[str, Any], looked: Mapping[str, Tensor]) -> None:
         """Write the header where there is none, or where the log goes on in a process that is not of its kind."""
         records = files.read_records(self.path) if self.path.exists() else []
         headers = [record["header"] for record in records if "header" in record]
@@ -125,6 +129,9 @@ class ReplayLog:
         if not headers or headers[-1] != header:
             self.before = headers[-1] if headers else None
             files.append_record(self.path, {"step": records[-1]["step"] if records else 0, "header": header})
+        if looked and not any("looked" in record for record in records):
+            whole = {name: tensor.contiguous() for name, tensor in looked.items()}
+            files.append_record(self.path, {"step": 0, "looked": base64.b64encode(save(whole)).decode()})
 
 
 def read_log(path: Path) -> Log:
@@ -132,7 +139,7 @@ def read_log(path: Path) -> Log:
     headers: dict[int, Header] = {}
     steps: list[LoggedStep] = []
     rounds: list[LoggedRound] = []
-    broken = None
+    broken, looked = None, dict[str, Tensor]()
     for number, record in enumerate(files.read_records(path), 1):
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             raise DataError(f"{path}, line {number}: not a line of a replay log")
@@ -140,6 +147,8 @@ def read_log(path: Path) -> Log:
             headers[record["step"]] = _header(path, record["header"])
         elif 0 not in headers:
             break
+        elif "looked" in record:
+            looked = _looked(path, number, record["looked"])
         elif "round" in record:
             rounds.append(_ended(path, number, record))
         elif record["step"] == len(steps) + 1:
@@ -149,7 +158,7 @@ def read_log(path: Path) -> Log:
             break
     if 0 not in headers:
         raise DataError(f"{path} does not begin with a header: it cannot be replayed")
-    return Log(headers.pop(0), steps, rounds, headers, broken)
+    return Log(headers.pop(0), steps, rounds, headers, looked, broken)
 
 
 def packed(weights: Sequence[float]) -> str:
@@ -192,6 +201,13 @@ def _header(path: Path, record: Any) -> Header:
         return Header(**record)
     except TypeError as error:
         raise DataError(f"{path}: the header is not one of a replay log ({error})") from None
+
+
+def _looked(path: Path, number: int, text: Any) -> dict[str, Tensor]:
+    try:
+        return load(base64.b64decode(text, validate=True))
+    except (TypeError, ValueError, SafetensorError):
+        raise DataError(f"{path}, line {number}: not what a look at the examples has shown") from None
 
 
 def _ended(path: Path, number: int, record: Mapping[str, Any]) -> LoggedRound:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from lorica import files, models, randomness
 from lorica.config import TrainConfig
@@ -77,6 +78,7 @@ class Learning:
     processes: Processes = field(default_factory=Processes)
     sharded: bool = False
     decided: Decided | None = None
+    looked: Mapping[str, Tensor] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     best_dev_loss: float | None = None
     probe_rows: list[Encoded] = field(default_factory=list)
@@ -159,7 +161,7 @@ class Learning:
         if self.cfg.trainer != "zo" or not self.processes.is_first:
             yield None
             return
-        with ReplayLog(run.replay, self.header()) as log:
+        with ReplayLog(run.replay, self.header(), self.looked) as log:
             for each in differing(log.before or {}, asdict(self.header())) if log.before else []:
                 self.say.print(f"warning: the steps before were taken with another {each}: {NO_REPLAY}", soft_wrap=True)
             yield log

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from lorica import card
 from lorica.adapters import bypass, injection, peft_format
 from lorica.adapters.adapter import Adapter
 from lorica.card import About
-from lorica.evaluation.probing import Fitted, fit_probe
+from lorica.evaluation.probing import fit_probe
 from lorica.evaluation.scoring import score_all
 from lorica.models import TASK_TYPES
 from lorica.results import RunFolder
@@ -23,6 +23,8 @@ from lorica.runs.tuning import RunUnderWay
 from lorica.tasks.base import Split
 from lorica.training.ledger import Entry
 from lorica.training.stretch import TrainStretch
+
+Heads = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass
@@ -49,7 +51,8 @@ class LinearProbe:
         intercept = base.model.get_submodule(self.path).bias is not None
         fitted = fit_probe(features, labels, dev_features, dev_labels, num_classes=num_classes, intercept=intercept)
         self.learning.say.print(f"C = {fitted.strength:g}: dev loss {fitted.dev_loss:.4f}", highlight=False)
-        adapter = self._as_adapter(fitted)
+        heads = injection.create(base.model, [], rank=1, alpha=1, heads=base.heads).heads
+        adapter = Adapter({}, heads_with(heads, fitted.at(self.path)), self.learning.cfg.model.name)
         injection.inject(base.model, adapter)
         self.outcome = ProbeOutcome(adapter, self.path, fitted.strength, self.learning.ready)
         return self.outcome
@@ -74,16 +77,13 @@ class LinearProbe:
             )
         return features, torch.tensor([row.label for row in rows])
 
-    def _as_adapter(self, fitted: Fitted) -> Adapter:
-        """The heads as they stand, with the layer as it was fitted."""
-        base = self.learning.ready.base
-        heads = injection.create(base.model, [], rank=1, alpha=1, heads=base.heads).heads
-        values = {f"{head}.{name}": value for head, parts in heads.items() for name, value in parts.items()}
-        values[f"{self.path}.weight"] = fitted.weight
-        if f"{self.path}.bias" in values:
-            values[f"{self.path}.bias"] = fitted.bias
-        found = {head: {name: values[f"{head}.{name}"] for name in parts} for head, parts in heads.items()}
-        return Adapter({}, found, self.learning.cfg.model.name)
+
+def heads_with(heads: Heads, fitted: Mapping[str, Tensor]) -> Heads:
+    """The heads with the values of those of their parameters that were fitted, by their names in the model."""
+    return {
+        head: {name: fitted.get(f"{head}.{name}", value) for name, value in parts.items()}
+        for head, parts in heads.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Literal
 
 from lorica import card, models
-from lorica.adapters import injection
+from lorica.adapters import informed, injection
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.injection import Live
 from lorica.card import About
 from lorica.config import TrainConfig
 from lorica.errors import ConfigError
 from lorica.results import RunFolder
+from lorica.runs.first_look import FirstLook, first_look
+from lorica.runs.linear_probe import heads_with
 from lorica.runs.ready import Ready
 from lorica.runs.tuning import RunUnderWay
 from lorica.tasks.objectives import scores
 from lorica.training.ledger import Entry
 from lorica.training.stretch import INTERRUPTED, TrainStretch, Undivided
+
+ResolvedInit = Literal["kaiming", "gaussian", "orthogonal", "activations", "discriminant"]
 
 
 @dataclass
@@ -28,17 +32,21 @@ class Lora:
     """One adapter over the frozen base."""
 
     learning: RunUnderWay
+    look: FirstLook = field(init=False)
     first: Adapter = field(init=False)
     live: Live = field(init=False)
 
     def __post_init__(self) -> None:
-        self.first = draw(self.learning, targets(self.learning))
+        paths = targets(self.learning)
+        self.look = look(self.learning, paths)
+        self.first = draw(self.learning, paths, self.look)
 
     def told(self) -> list[str]:
         return told(self.learning, self.first)
 
     def train(self, run: RunFolder, train_stretch: TrainStretch) -> AdapterOutcome | None:
         cfg = self.learning.cfg
+        count_look(self.learning, self.look)
         self.live = injection.inject(self.learning.ready.base.model, self.first, cfg.adapter.dropout)
         self.live.train_only(factors(cfg))
         return None if train_stretch(Undivided(self.live)) == INTERRUPTED else self.as_it_stands()
@@ -91,6 +99,7 @@ def targets(learning: RunUnderWay) -> list[str]:
 def draw(
     learning: RunUnderWay,
     paths: Sequence[str],
+    look: FirstLook,
     *,
     rank: int | None = None,
     round: int = 0,
@@ -98,9 +107,9 @@ def draw(
 ) -> Adapter:
     """A new adapter for the modules at `paths`, as the config draws it, beside what is laid on already.
 
-    Its scale does not depend on `rank`, which is the config's where none is given.
+    Its scale does not depend on `rank`, which is the config's where none is given. `look` is of the bare base.
     """
-    settings, base = learning.cfg.adapter, learning.ready.base
+    settings, base, init = learning.cfg.adapter, learning.ready.base, init_of(learning.cfg)
     assert settings.rank is not None and settings.alpha is not None
     rank = rank or settings.rank
     new = injection.create(
@@ -108,18 +117,49 @@ def draw(
         paths,
         rank=rank,
         alpha=settings.alpha / settings.rank * rank,
-        init="kaiming" if settings.init == "activations" else settings.init,
+        init="kaiming" if init == "activations" or init == "discriminant" else init,
         init_std=settings.init_std,
         seed=learning.cfg.seed,
         round=round,
         heads=base.heads,
         base_model=learning.cfg.model.name,
     )
-    if settings.init == "activations":
-        return injection.along_inputs(base.model, new, lambda: _run_some_batches(learning), chain or Adapter({}))
+    if init == "activations":
+        return informed.along_inputs(base.model, new, lambda: _run_some_batches(learning), chain or Adapter({}))
+    if init == "discriminant":
+        return informed.along(
+            Adapter(new.updates, heads_with(new.heads, look.head), new.base_model), look.directions, round * rank
+        )
     if learning.cfg.boosting.orthogonal and chain is not None:
         return injection.orthogonal_to(new, chain)
     return new
+
+
+def init_of(cfg: TrainConfig) -> ResolvedInit:
+    """How A is drawn. Where the config leaves it open: along what tells the task's classes apart, if B alone is trained
+    without gradients, for then A decides what can be learned, and how fast; else at random.
+    """
+    if cfg.adapter.init != "auto":
+        return cfg.adapter.init
+    suits = cfg.trainer == "zo" and factors(cfg) == "B" and cfg.zo.space == "parameter" and not cfg.boosting.orthogonal
+    return "discriminant" if suits else "kaiming"
+
+
+def look(learning: RunUnderWay, paths: Sequence[str]) -> FirstLook:
+    """What a run by this config sees of its classes before it begins: nothing, but under init=discriminant."""
+    if init_of(learning.cfg) != "discriminant":
+        return FirstLook()
+    if learning.decided is not None:
+        return FirstLook.of(learning.looked)
+    found = first_look(learning, paths)
+    learning.looked = found.as_tensors()
+    return found
+
+
+def count_look(learning: RunUnderWay, look: FirstLook) -> None:
+    """Count the forward passes of a first look, as a run begins."""
+    if learning.progress.step == 0:
+        learning.progress.forwards += look.num_forwards
 
 
 def factors(cfg: TrainConfig) -> Literal["both", "B"]:
@@ -138,7 +178,7 @@ def told(learning: RunUnderWay, first: Adapter) -> list[str]:
     lines = [
         f"{cfg.adapter.kind} by {cfg.trainer}: rank {rank}, alpha {alpha:g}, scale {scale:g} on {len(first.updates)} "
         f"modules; {count:,} parameters trainable, {count / total:.2%} of the base's {total:,}"
-        + ("; A stays as drawn" if frozen else "")
+        + (f"; A stays as drawn ({init_of(cfg)})" if frozen else "")
     ]
     if cfg.trainer == "zo" and cfg.zo.space == "parameter" and scale > 4:
         lines.append(

@@ -36,7 +36,7 @@ def optimizer_of(
 def zeroth_order_of(cfg: TrainConfig, live: Tunable, probing: Probing | None = None) -> AnyZerothOrder:
     """A stretch's own estimator; its units, where they are the update's, are those of the stretch's beginning."""
     zo, probing = cfg.zo, probing or Probing()
-    assert zo.distribution is not None
+    assert zo.estimator and zo.num_directions and zo.distribution
     directions, scaling = Directions(zo.num_directions, zo.distribution, cfg.seed), Scaling(zo.normalize, zo.clip)
     if cfg.adapter.kind == "full":
         return StreamedZerothOrder(zo.estimator, zo.epsilon, directions, scaling, probing.processes)

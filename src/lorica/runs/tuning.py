@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rich.console import Console
+from torch import Tensor
 
 from lorica.card import About
 from lorica.config import TrainConfig
@@ -36,6 +37,7 @@ class RunUnderWay(Protocol):
     sharded: bool
     progress: Progress
     decided: Decided | None  # of a run that is taken again by its log: what ended its rounds, and what was laid on
+    looked: Mapping[str, Tensor]  # what a first look at the examples has shown, as the log keeps it
     best_dev_loss: float | None
     identity: dict[str, Any]
     tuning: Tuning

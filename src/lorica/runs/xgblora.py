@@ -15,6 +15,7 @@ from lorica.adapters.injection import Live
 from lorica.evaluation.scoring import in_eval_mode
 from lorica.results import RunFolder
 from lorica.runs import lora
+from lorica.runs.first_look import FirstLook
 from lorica.runs.lora import AdapterOutcome
 from lorica.runs.tuning import RunUnderWay
 from lorica.tasks.objectives import losses
@@ -30,12 +31,14 @@ class XGBLora:
 
     learning: RunUnderWay
     targets: list[str] = field(init=False)
+    look: FirstLook = field(init=False)
     first: Adapter = field(init=False)
     ledger: Ledger | None = None
     live: Live | None = None
 
     def __post_init__(self) -> None:
         self.targets = lora.targets(self.learning)
+        self.look = lora.look(self.learning, self.targets)
         self.first = self.new_booster(0)
 
     def told(self) -> list[str]:
@@ -47,6 +50,7 @@ class XGBLora:
     def train(self, run: RunFolder, train_stretch: TrainStretch) -> AdapterOutcome | None:
         learning, cfg, boosting = self.learning, self.learning.cfg, self.learning.cfg.boosting
         model = learning.ready.base.model
+        lora.count_look(learning, self.look)
         self.ledger = Ledger.open(run.path, learning.processes)
         self.ledger.forget_after(learning.progress.step)
 
@@ -96,7 +100,8 @@ class XGBLora:
         ranks = self.learning.cfg.boosting.ranks
         rank = ranks[min(number, len(ranks) - 1)] if ranks else None
         chain = self.ledger.chain() if self.ledger else Adapter({})
-        new = lora.draw(self.learning, self._targets_of(number), rank=rank, round=number, chain=chain)
+        paths = self._targets_of(number)
+        new = lora.draw(self.learning, paths, self.look, rank=rank, round=number, chain=chain)
         before = self.ledger.boosters if self.ledger else []
         return Adapter(new.updates, before[-1].heads if before else new.heads, new.base_model)
 
