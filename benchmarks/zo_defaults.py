@@ -5,7 +5,8 @@
 
 - `mezo`: LoRA r=8, alpha=16, two-sided, batch 16, 10,000 forwards; the rate and epsilon of its published grid that end
   lowest on dev at the first seed, for each task and model apart.
-- `lorica`: what `trainer=zo` does unless told otherwise, with one rate for all; a third of the forwards.
+- `lorica`: what `trainer=zo` does unless told otherwise, with one rate for all; a third of the forwards, those of its
+  first look at the examples among them.
 - `xgblora`: the same with boosting.
 - `backprop`: LoRA r=8 by backprop, a forward and a backward counted as three forwards.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -33,6 +35,7 @@ from rich.console import Console
 
 from lorica import config, files, results, runs
 from lorica.config import TrainConfig
+from lorica.runs import first_look
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LORICA_SHARED", "shared")).resolve()
@@ -58,6 +61,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "backprop": {"trainer": "backprop"},
 }
 SHARES = {"mezo": 1.0, "lorica": 1 / 3, "xgblora": 1 / 3, "backprop": 0.1}
+FIRST_LOOK = dict.fromkeys(("lorica", "xgblora"), math.ceil(first_look.NUM_EXAMPLES / 16))  # forwards before the steps
 Run = dict[str, Any]
 
 
@@ -130,7 +134,7 @@ def _config(run: Run, folder: str) -> TrainConfig:
     name, kind = MODELS[run["model"]]
     words = {**ARMS[run["arm"]], **run["point"]}
     per_step = 3 if run["arm"] == "backprop" else _forwards_per_step(words)
-    steps = round(FORWARDS * SHARES[run["arm"]] / per_step)
+    steps = int((FORWARDS * SHARES[run["arm"]] - FIRST_LOOK.get(run["arm"], 0)) / per_step)
     words |= {
         "model": SHARED / "models" / name,
         "task": run["task"],
@@ -150,6 +154,7 @@ def _config(run: Run, folder: str) -> TrainConfig:
 
 def _forwards_per_step(words: dict[str, Any]) -> int:
     zo = config.read(TrainConfig, [f"{key}={value}" for key, value in words.items()]).resolved().zo
+    assert zo.num_directions is not None
     return zo.num_directions * (1 if zo.estimator == "one_sided" else 2)
 
 

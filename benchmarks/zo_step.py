@@ -1,6 +1,6 @@
 """Time and memory of a zeroth-order step: lorica against a MeZO step, at the shapes of OPT, side by side.
 
-    python benchmarks/zo_step.py [--rounds 7] [--threads 1] [--shapes opt-125m opt-350m] [--device cpu]
+    python benchmarks/zo_step.py [--rounds 7] [--threads 1] [--shapes opt-125m opt-350m] [--device cpu] [--compile]
 
 Random weights, LoRA r=8 on query and value, two options of one token each. `length` is that of the prompt; MeZO's rows
 have the option behind it. In one process a MeZO step, our step, and two bare forward passes of the body take turns, and
@@ -17,6 +17,10 @@ On the CPU, times are CPU seconds, which other work on the machine disturbs less
 resident memory above the loaded model in a process of its own, of five steps, of five steps of the whole model without
 an adapter (`full_step`), and of scoring the same batch, and the model's own size. Writes a record to
 results/zo_step.json (on a GPU: results/zo_step_gpu.json).
+
+With `--compile` our step takes turns with itself over compiled blocks instead, as many branches a pass on both sides;
+`first_step_seconds`, by the clock, is what the first compiled step on a batch took, most of it the compiler's. That
+record is results/zo_compile.json.
 """
 
 from __future__ import annotations
@@ -37,32 +41,38 @@ from torch.utils.flop_counter import FlopCounterMode
 from zo_step_pieces import SHAPES, Mezo, Ours, Prompts, body, prompts, random_opt, sharing, with_adapters
 
 from lorica import files, results
+from lorica.adapters.branches import blocks_of
+from lorica.optim.compiled import CompiledBlocks
+from lorica.optim.probes import Probing
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECES = ROOT / "benchmarks" / "zo_step_pieces.py"
 BATCHES = ((16, 24), (4, 24), (1, 12))
 DTYPES = ("float32", "bfloat16")
+AGAINST_MEZO = "time of a zeroth-order step against a MeZO step and against two bare forward passes; peak memory"
+COMPILED = "time of a zeroth-order step, and of the same with the model's blocks compiled"
 Figures = dict[str, Any]
 
 
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
+    compare = _compare_compiled if arguments.compile else _compare
     rows = [
         row
         for shape in arguments.shapes
         for dtype in arguments.dtypes
-        for row in _compare(shape, dtype, arguments.device, arguments.rounds)
+        for row in compare(shape, dtype, arguments.device, arguments.rounds)
     ]
     record = {
-        "what": "time of a zeroth-order step against a MeZO step and against two bare forward passes; peak memory",
+        "what": COMPILED if arguments.compile else AGAINST_MEZO,
         "threads": arguments.threads,
         "rounds": arguments.rounds,
         "device": arguments.device if arguments.device == "cpu" else torch.cuda.get_device_name(),
         "rows": rows,
         "origin": results.origin(0, arguments.device),
     }
-    name = "zo_step" if arguments.device == "cpu" else "zo_step_gpu"
+    name = ("zo_compile" if arguments.compile else "zo_step") + ("" if arguments.device == "cpu" else "_gpu")
     (ROOT / "results").mkdir(exist_ok=True)
     files.write_json(ROOT / f"results/{name}.json", record)
 
@@ -89,6 +99,46 @@ def _compare(shape: str, dtype: str, device: str, rounds: int) -> list[Figures]:
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
+
+
+def _compare_compiled(shape: str, dtype: str, device: str, rounds: int) -> list[Figures]:
+    model = random_opt(shape, dtype, device)
+    live, _ = with_adapters(model)
+    plain, compiled = (Ours(live, Probing()) for _ in range(2))
+    compiled.estimator = CompiledBlocks(blocks_of(model), print).around(compiled.estimator)
+    rows = []
+    for batch_size, length in BATCHES:
+        batch = prompts(batch_size, length, device)
+        expected, begin = plain.loss(batch), time.perf_counter()
+        found = compiled.loss(batch)
+        first_step_seconds = time.perf_counter() - begin
+        row = {
+            "shape": shape,
+            "dtype": dtype,
+            "batch_size": batch_size,
+            "length": length,
+            **_times_compiled(plain, compiled, batch, rounds),
+            "first_step_seconds": first_step_seconds,
+            "difference": abs(found - expected),
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def _times_compiled(plain: Ours, compiled: Ours, batch: Prompts, rounds: int) -> Figures:
+    """Median milliseconds of each, and the median and quartiles of their ratio."""
+    for ours in (plain, compiled):
+        ours.step(batch)
+    turns = [[_seconds(lambda ours=ours: ours.step(batch)) for ours in (plain, compiled)] for _ in range(rounds)]
+    plain_ms, compiled_ms = (1e3 * statistics.median(each) for each in zip(*turns, strict=True))
+    low, middle, high = statistics.quantiles([one / other for one, other in turns], n=4, method="inclusive")
+    return {
+        "plain_ms": plain_ms,
+        "compiled_ms": compiled_ms,
+        "speedup": middle,
+        "speedup_quartiles": [low, high],
+    }
 
 
 def _difference(mezo: Mezo, ours: Ours, batch: Prompts) -> float:
@@ -159,6 +209,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["opt-125m", "opt-350m"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="compare with compiled blocks, not with MeZO")
     return parser.parse_args()
 
 

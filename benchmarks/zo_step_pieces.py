@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from lorica.adapters import injection
 from lorica.adapters.injection import Live
+from lorica.optim.backprop import Estimator
 from lorica.optim.directions import Directions
 from lorica.optim.probes import Probing
 from lorica.optim.streamed import StreamedDescent, StreamedZerothOrder
@@ -170,7 +171,7 @@ class Ours:
         self.live.set_training(False)
         self.objective = LossModule(self.live.model, "classification")
         self.trainable = self.live.trainable()
-        self.estimator = ZerothOrder("spsa", EPSILON, Directions(), probing=self.probing)
+        self.estimator: Estimator = ZerothOrder("spsa", EPSILON, Directions(), probing=self.probing)
         self.optimizer = update_rule("sgd", self.trainable.values(), learning_rate=RATE)
 
     def step(self, batch: Prompts, num_steps: int = 1) -> None:
@@ -183,6 +184,10 @@ class Ours:
             learning_rate=lambda step: RATE,
             num_steps=num_steps,
         )
+
+    def loss(self, batch: Prompts) -> float:
+        """The mean of a step's losses, without taking the step."""
+        return self.estimator(self.objective, self.trainable, [batch.ours()], 0).loss
 
     def num_branches(self, batch: Prompts) -> int:
         """Of a pass over the batch, as was chosen for it."""

@@ -42,7 +42,7 @@ ADAPTIVE = (
     "boosting.judge=probe boosting.probe_size=8"
 )
 RUNS = {
-    "spsa": ZO,
+    "spsa": f"{ZO} zo.estimator=spsa",
     "one sided": "trainer=zo zo.estimator=one_sided zo.num_directions=3 zo.branches=3 gradient_accumulation_steps=2 "
     "zo.normalize=rms learning_rate=1e-3",
     "exact slope": "trainer=zo zo.estimator=forward_gradient zo.num_directions=2 max_steps=12",
@@ -264,8 +264,11 @@ def test_a_base_in_parts_is_trained_as_a_whole_one(together: Pair, data: Path, t
     assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-4)
 
 
-def test_what_needs_the_base_whole_is_refused_where_it_is_in_parts(together: Pair, data: Path, tmp_path: Path) -> None:
-    found = together(words_for(data, tmp_path / "run", "trainer=backprop adapter.kind=full"), shards)
+@pytest.mark.parametrize("words", ["adapter.kind=full", "compile=true"])
+def test_what_needs_the_base_whole_is_refused_where_it_is_in_parts(
+    together: Pair, data: Path, tmp_path: Path, words: str
+) -> None:
+    found = together(words_for(data, tmp_path / "run", "trainer=backprop", words), shards)
     assert all(each.startswith(f"{ConfigError.__name__}: accelerate is set up for FSDP") for each in found), found
     assert not (tmp_path / "run").exists()
 

@@ -55,6 +55,11 @@ def branched(model: nn.Module, names: Sequence[str], *, num_branches: int, at_bl
         yield
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The members of every stack of the model, in order."""
+    return [block for stack in _stacks(model).values() for block in stack]
+
+
 def _owners(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """Path -> module, of the modules that hold the parameters themselves."""
     paths = dict.fromkeys(name.rpartition(".")[0] for name in names)

@@ -14,6 +14,7 @@ LOW_RANK = ("lora", "xgblora")  # the kinds of adapter that have factors
 STEPS = (
     *("optimizer", "learning_rate", "weight_decay", "max_grad_norm", "schedule", "warmup", "batch_size", "train_as"),
     *("gradient_accumulation_steps", "max_steps", "num_epochs", "bucketing", "base_dropout", "eval_steps"),
+    "compile",
 )  # keys of a training by steps
 
 
@@ -169,3 +170,35 @@ def of_zeroth_order(cfg: TrainConfig) -> list[str]:
         ),
     ]
     return [mistake for made, mistake in rules if made]
+
+
+def of_compiling(cfg: TrainConfig) -> list[str]:
+    """What a run with compiled blocks does not go with."""
+    zeroth_order = cfg.trainer == "zo"
+    rules = [
+        (
+            cfg.adapter.kind == "prefix",
+            "adapter.kind=prefix enters each layer by a cache, so that each would be compiled by itself",
+        ),
+        (
+            cfg.adapter.kind == "full" and zeroth_order,
+            "adapter.kind=full under zo replaces single operations as they run, and compiled code has none",
+        ),
+        (
+            zeroth_order and cfg.zo.estimator == "forward_gradient",
+            "zo.estimator=forward_gradient carries tangents, and compiled code loses them",
+        ),
+        (
+            cfg.adapter.dropout > 0 and not zeroth_order,
+            f"adapter.dropout={cfg.adapter.dropout:g} draws from a generator of its own, and compiled code cannot",
+        ),
+        (
+            cfg.model.quantization != "none",
+            f"model.quantization={cfg.model.quantization} has layers that torch does not compile",
+        ),
+        (
+            cfg.boosting.ensemble,
+            "boosting.ensemble=true gives the model other layers each round, which would be compiled anew",
+        ),
+    ]
+    return [f"compile=true is set, and {mistake}: drop one of them" for made, mistake in rules if made]

@@ -19,7 +19,7 @@ MODES: dict[str, dict[str, Any]] = {
         "prefix": {"num_tokens": 5, "reparameterize": False, "init": "real_activations"},
     },
     "lora": {"adapter": {"kind": "lora", "rank": 8, "alpha": 16.0}, "zo": {"train": "both"}},
-    "xgblora": {"adapter": {"kind": "xgblora"}},
+    "xgblora": {"adapter": {"kind": "xgblora", "init": "kaiming"}, "zo": {"estimator": "spsa"}},
 }
 SMALL = ("cb", "copa")  # of these mezo.sh keeps 100 examples for dev
 BY_LANGUAGE_MODEL = ("copa", "record", "squad", "drop")  # trained on the gold answer's tokens; others on their options

@@ -190,6 +190,9 @@ class TrainConfig(Section):
     num_epochs: float | None = Field(None, gt=0)
     bucketing: bool = Field(True, description="draw batches of similar lengths: less padding")
     base_dropout: bool = Field(False, description="keep the frozen base's own dropout on while training")
+    compile: bool = Field(
+        False, description="train with the model's blocks compiled: a wait at the start, then what the machine gains"
+    )
     eval_steps: int | None = Field(None, ge=1, description="evaluate on dev every so many steps")
     eval_split: Literal["dev", "test"] = "test"
     logging_steps: int = Field(10, ge=1, description="how often a line is printed where there is no progress bar")
@@ -207,10 +210,12 @@ class TrainConfig(Section):
         if not isinstance(tree, dict) or tree.get("trainer") != "spsa":
             return tree
         zo = tree.get("zo") or {}
-        estimator = zo.get("estimator", "spsa") if isinstance(zo, dict) else "spsa"
+        if not isinstance(zo, dict):
+            return {**tree, "trainer": "zo"}
+        estimator = zo.get("estimator", "spsa")
         if estimator != "spsa":
             raise ValueError(f"trainer=spsa and zo.estimator={estimator} contradict each other: use trainer=zo")
-        return {**tree, "trainer": "zo"}
+        return {**tree, "trainer": "zo", "zo": {**zo, "estimator": "spsa"}}
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -258,6 +263,13 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _zeroth_order_fits(self) -> TrainConfig:
         mistakes = contradictions.of_zeroth_order(self) if self.trainer == "zo" else []
+        if mistakes:
+            raise ValueError(mistakes[0])
+        return self
+
+    @model_validator(mode="after")
+    def _compiles(self) -> TrainConfig:
+        mistakes = contradictions.of_compiling(self) if self.compile else []
         if mistakes:
             raise ValueError(mistakes[0])
         return self
@@ -325,13 +337,43 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Everything `lorica evaluate` takes beside the runs or adapters that it evaluates."""
+    """Everything `lorica evaluate` takes: one target on one task, or a matrix of several."""
 
+    targets: list[str] = Field([], description="runs, adapters, merges or models; `base` is the base model alone")
+    tasks: list[str] = Field([], description="by name; none: the runs' own. task.path may hold {task}, for the name")
     model: Annotated[ModelConfig | None, BeforeValidator(name_alone)] = None
     task: Annotated[TaskConfig | None, BeforeValidator(name_alone)] = None
     split: Literal["train", "dev", "test"] | None = Field(None, description="None: the run's own eval_split, or test")
     eval_batch_size: int | None = Field(None, ge=1, description="None: the run's own, or 64")
+    branches: int = Field(4, ge=1, description="of a matrix: adapters in one pass; 1: one after the other")
+    output_dir: str | None = Field(None, description="of a matrix; None: artifacts/evaluations/matrix-<time>")
+    artifacts_dir: str = Field("artifacts", description="where a matrix goes that is given no output_dir")
+    resume: str | None = Field(None, description="a matrix's folder: go on behind its finished cells")
     device: str = "auto"
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.resume is not None or len(self.targets) > 1 or bool(self.tasks)
+
+    @model_validator(mode="after")
+    def _named_once(self) -> EvaluateConfig:
+        if self.task is None or not self.tasks:
+            return self
+        if self.task.name is not None:
+            raise ValueError(f"--tasks and task.name={self.task.name} both name tasks: drop one of them")
+        if self.task.path is not None and "{task}" not in self.task.path:
+            raise ValueError(
+                f"task.path={self.task.path} is one folder, and --tasks names tasks: write task.path=FOLDER/{{task}}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _matrix_keys_are_used(self) -> EvaluateConfig:
+        if not self.is_matrix:
+            for key in ("branches", "output_dir", "artifacts_dir"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} is of a matrix: name several targets, or --tasks, or drop it")
+        return self
 
 
 class PlanConfig(Section):

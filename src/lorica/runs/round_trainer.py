@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorica.adapters.branches import blocks_of
 from lorica.errors import DriftError
 from lorica.optim.backprop import BackpropTogether, Estimator, averaged, backprop
+from lorica.optim.compiled import CompiledBlocks
 from lorica.optim.probes import Probing
 from lorica.optim.replay import SEGMENT, LoggedRound, ReplayLog, checksum
 from lorica.randomness import Name, torch_generator
@@ -56,11 +58,15 @@ class RoundTrainer:
     owed: bool = False
     meter: LossMeter = field(init=False)
     probing: Probing = field(init=False)
+    compiled: CompiledBlocks | None = None
 
     def __post_init__(self) -> None:
         self.meter, branches = LossMeter(), self.learning.cfg.zo.branches
         max_branches = branches if isinstance(branches, int) else None
         self.probing = Probing(max_branches, timed=branches == "timed", processes=self.learning.processes)
+        if self.learning.cfg.compile:
+            self.compiled = CompiledBlocks(blocks_of(self.learning.ready.base.model), self._warn)
+            self.learning.say.print("the first step of each kind waits for the compiler", highlight=False)
 
     def __call__(self, round: Stretch) -> str:
         learning, cfg = self.learning, self.learning.cfg
@@ -82,13 +88,14 @@ class RoundTrainer:
             return INTERRUPTED
         metric = None if cfg.zo.objective == "loss" else cfg.zo.objective
         objective = LossModule(learning.ready.base.model, learning.train_as, metric)
+        estimator = zeroth_order or self._backprop(objective)
         rows, make_batch = learning.rows["train"], learning.ready.collate(gold_only=learning.train_as == "lm")
         start = learning.progress.step * cfg.gradient_accumulation_steps
         return fit(
             objective,
             trainable,
             (make_batch([rows[index] for index in batch]) for batch in learning.stream.indices(start)),
-            estimator=zeroth_order or self._backprop(objective),
+            estimator=self.compiled.around(estimator) if self.compiled else estimator,
             optimizer=held.optimizer,
             learning_rate=lambda step: learning.rate(step, round.first_step),
             num_steps=learning.num_steps,
@@ -150,8 +157,11 @@ class RoundTrainer:
     def _measured(self, step: Step) -> Step:
         """The step with the trend that its loss leaves; what should be known of it is said."""
         for warning in self.meter.after(step.loss):
-            self.learning.say.print(f"warning: step {step.step}: {warning}", highlight=False, soft_wrap=True)
+            self._warn(f"step {step.step}: {warning}")
         return replace(step, trend_t=self.meter.trend.t())
+
+    def _warn(self, warning: str) -> None:
+        self.learning.say.print(f"warning: {warning}", highlight=False, soft_wrap=True)
 
     def _look_at_dev(self, step: Step) -> None:
         """The dev split's loss as a line of `eval_loss.jsonl`; the best outcome by it is kept in its own folder."""

@@ -16,6 +16,7 @@ from lorica.errors import ConfigError
 from lorica.evaluation.evaluate import Evaluation
 from lorica.evaluation.predictions import write_predictions
 from lorica.models import choose_device
+from lorica.optim import compiled
 from lorica.optim.backprop import accelerator
 from lorica.processes import Processes
 from lorica.results import RunFolder
@@ -104,6 +105,8 @@ def _resumed(given: TrainConfig, run: RunFolder, together: Processes, say: Conso
 def _prepared(cfg: TrainConfig, together: Processes, say: Console) -> Learning:
     """Everything that can be refused is refused here, before there is a run folder."""
     sharded = together.num > 1 and _is_sharded(cfg, together.num)
+    if cfg.compile:
+        compiled.check_compiler()
     ready = prepare(cfg.model, cfg.task, cfg.device, cfg.seed, num_prefix=cfg.num_prefix)
     rows = encode_splits(cfg, ready)
     warn_of_truncation(rows, ready.max_length, say)
@@ -129,6 +132,10 @@ def _is_sharded(cfg: TrainConfig, num_processes: int) -> bool:
         raise ConfigError(
             f"accelerate is set up for FSDP, which shards a frozen float base: adapter.kind={cfg.adapter.kind}, "
             f"model.quantization={cfg.model.quantization} needs it whole; start with torchrun instead"
+        )
+    if cfg.compile:
+        raise ConfigError(
+            "accelerate is set up for FSDP, under which compile=true is not supported: start with torchrun, or drop one"
         )
     return True
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from lorica.adapters.branches import blocks_of
 from lorica.processes import Processes
 
 
@@ -23,12 +24,5 @@ def shard(model: nn.Module, processes: Processes) -> None:
     must run the model whenever one does.
     """
     mesh = init_device_mesh(next(model.parameters()).device.type, (processes.num,))
-    for block in _blocks(model):
+    for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
-
-
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    """The members of every outermost list of modules."""
-    if isinstance(module, nn.ModuleList):
-        return list(module)
-    return [block for child in module.children() for block in _blocks(child)]
