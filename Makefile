@@ -50,6 +50,7 @@ bench: install peers  ## compare with peers side by side; needs LORICA_SHARED=fo
 	$(BIN)/python benchmarks/sweep_cost.py
 	$(BIN)/python benchmarks/zo_step.py
 	$(BIN)/python benchmarks/evaluation_speed.py
+	$(BIN)/python benchmarks/evaluation_matrix.py
 	$(BIN)/python benchmarks/write_tables.py
 
 clean:  ## remove what was made here

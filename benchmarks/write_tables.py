@@ -93,6 +93,49 @@ def _zo_step(record: Record) -> str:
     return _markdown(head, rows)
 
 
+def _zo_compile(record: Record) -> str:
+    rows = [
+        (
+            f"{row['shape']}, {row['dtype']}, {row['batch_size']} × {row['length']}",
+            f"{row['plain_ms']:.0f} ms",
+            f"{row['compiled_ms']:.0f} ms",
+            f"{row['speedup']:.2f} ({row['speedup_quartiles'][0]:.2f} to {row['speedup_quartiles'][1]:.2f})",
+            f"{row['first_step_seconds']:.0f} s",
+            f"{row['difference']:.1e}",
+        )
+        for row in record["rows"]
+    ]
+    head = (
+        *(f"{record['device']}, {record['threads']} thread(s)", "plain", "compiled", "ratio (quartiles)"),
+        *("first step on such a batch", "losses differ by"),
+    )
+    return _markdown(head, rows)
+
+
+def _zo_defaults(record: Record) -> str:
+    rows = [
+        (
+            f"{row['model']}, {row['task']}",
+            f"{row['target']:.4f}",
+            *(_needed(row["needed"][arm], record["forwards"]) for arm in ("lorica", "xgblora", "backprop")),
+            *(f"{row['curves'][arm][-1]['loss']:.4f}" for arm in ("lorica", "xgblora", "backprop")),
+        )
+        for row in record["rows"]
+    ]
+    arms = ("LoRA", "XGBLoRA", "backprop")
+    head = (
+        "",
+        f"MeZO after {record['forwards']:,} forwards",
+        *(f"{arm} needs" for arm in arms),
+        *(f"{arm} ends" for arm in arms),
+    )
+    return _markdown(head, rows)
+
+
+def _needed(forwards: float | None, of: int) -> str:
+    return "does not get there" if forwards is None else f"{forwards:,.0f}, {of / forwards:.1f} times fewer"
+
+
 def _evaluation_speed(record: Record) -> str:
     rows = [
         (
@@ -105,6 +148,26 @@ def _evaluation_speed(record: Record) -> str:
         for row in record["rows"]
     ]
     return _markdown(("an example of", "lorica", "one option at a time", "ratio", "scores differ by"), rows)
+
+
+def _evaluation_matrix(record: Record) -> str:
+    rows = [
+        (
+            f"{row['adapted']}, {row['way']}",
+            f"{row['matrix_seconds']:.1f} s",
+            f"{row['alone_seconds']:.1f} s",
+            _spread(row, "ratio"),
+            f"{row['scoring_seconds']:.1f} s",
+            _spread(row, "scoring_ratio"),
+            f"{row['difference']:.0e}",
+        )
+        for row in record["rows"]
+    ]
+    head = (
+        *(f"{len(record['tasks'])} × {len(record['tasks'])} cells of {record['examples']} examples, blocks adapted",),
+        *("matrix", "each alone", "ratio", "passes and metrics alone", "ratio", "scores differ by"),
+    )
+    return _markdown(head, rows)
 
 
 def _spread(row: Record, name: str) -> str:
@@ -257,8 +320,11 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 TABLES: dict[str, Callable[[Record], str]] = {
     "step_time": _step_time,
     "evaluation_speed": _evaluation_speed,
+    "evaluation_matrix": _evaluation_matrix,
     "zo_step": _zo_step,
     "zo_step_gpu": _zo_step,
+    "zo_compile": _zo_compile,
+    "zo_defaults": _zo_defaults,
     "quality_vs_peft": _quality_vs_peft,
     "boosting_arms": _boosting_arms,
     "merge_cost": _merge_cost,

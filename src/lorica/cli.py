@@ -104,14 +104,25 @@ def _print_trained(trained: Trained) -> None:
 
 @app.command(context_settings=WORDS)
 def evaluate(context: typer.Context) -> None:
-    """Evaluate runs or adapters: lorica evaluate RUN ADAPTER key=value; with model=M task=T alone, the base."""
+    """Evaluate runs, adapters, merges or models: lorica evaluate RUN ADAPTER MODEL --tasks a b c key=value.
+
+    One target without --tasks is evaluated on its own task, or on task=T; model=M task=T alone is the base model.
+    Several are a matrix, on the tasks that are named or on the runs' own; a task is read from task.path=FOLDER/{task}.
+    """
     with _imports():
         from lorica import config, runs, tables
 
-    targets: list[str | None] = [*_leading(context.args)]
-    given = config.read(config.EvaluateConfig, context.args[len(targets) :])
-    found = [(target or "base", runs.evaluate_target(target, given)) for target in targets or [None]]
-    OUT.print(tables.evaluations(found))
+    targets = _leading(context.args)
+    beneath = {"targets": targets} if targets else {}
+    given = config.read(config.EvaluateConfig, context.args[len(targets) :], beneath)
+    if given.is_matrix:
+        done = runs.evaluate_matrix(given, ERR)
+        for line in tables.matrix(done, OUT.width):
+            OUT.print(line, highlight=False, soft_wrap=isinstance(line, str))
+        OUT.print(str(done.folder), highlight=False, markup=False, soft_wrap=True)
+        return
+    target = given.targets[0] if given.targets else None
+    OUT.print(tables.evaluations([(target or "base", runs.evaluate_target(target, given))]))
 
 
 @app.command(context_settings=WORDS)

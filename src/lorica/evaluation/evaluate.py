@@ -68,24 +68,31 @@ def evaluate(
     asked = [row for row in rows if isinstance(row, Choice)]
     if task.sfc:
         found = calibrated(model, asked, found, collate, batch_size=batch_size)
+    if task.kind != "generation":
+        return of_scores(task, split, rows, found)
+    answers = answer_all(
+        model,
+        asked,
+        collate,
+        tokenizer,
+        batch_size=batch_size,
+        max_new_tokens=task.max_new_tokens,
+        description=f"answering {task.name} {split}",
+    )
+    metrics = _of_answers(task, examples_of(rows), answers)
+    return Evaluation(task.name, split, float(-found.mean()), metrics, _num_truncated(rows), found, tuple(answers))
+
+
+def of_scores(task: Task, split: Split, rows: Sequence[Encoded], found: Tensor) -> Evaluation:
+    """What the scores (n, options) that were found come to, for a task whose answers are chosen."""
     labels = found.new_tensor([row.label for row in rows]).long()
-    if task.kind == "generation":
-        loss = -found.mean()
-        answers = answer_all(
-            model,
-            asked,
-            collate,
-            tokenizer,
-            batch_size=batch_size,
-            max_new_tokens=task.max_new_tokens,
-            description=f"answering {task.name} {split}",
-        )
-        metrics = _of_answers(task, examples_of(rows), answers)
-    else:
-        loss = F.cross_entropy(found, labels)
-        answers, metrics = _of_choices(task, rows, labels, found.argmax(dim=1))
-    num_truncated = sum(row.truncated for row in rows)
-    return Evaluation(task.name, split, float(loss), metrics, num_truncated, found, tuple(answers))
+    answers, metrics = _of_choices(task, rows, labels, found.argmax(dim=1))
+    loss = float(F.cross_entropy(found, labels))
+    return Evaluation(task.name, split, loss, metrics, _num_truncated(rows), found, tuple(answers))
+
+
+def _num_truncated(rows: Sequence[Encoded]) -> int:
+    return sum(row.truncated for row in rows)
 
 
 def examples_of(rows: Sequence[Encoded]) -> list[Example]:

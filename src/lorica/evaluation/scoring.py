@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ Collate = Callable[[Sequence[Encoded]], Batch]
 MANY_OPTIONS = 8  # as many of a batch's examples may have each, before it has fewer examples
 
 
-@torch.no_grad()
 def score_all(
     model: nn.Module,
     rows: Sequence[Encoded],
@@ -31,15 +31,32 @@ def score_all(
 
     An example that has fewer options than another scores minus infinity for those that it lacks.
     """
-    order = _order(rows, batch_size, most_tokens(model))
+    return score_batches(model, rows, collate, partial(scores, model), batch_size=batch_size, description=description)
+
+
+@torch.no_grad()
+def score_batches(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    collate: Collate,
+    score: Callable[[Batch], Tensor],
+    *,
+    batch_size: int,
+    num_branches: int = 1,
+    description: str,
+) -> Tensor:
+    """(..., n, options): as `score_all`, by what `score` makes (..., b, options) of each batch.
+
+    Where it runs a batch's rows in several branches at once, a pass has no more rows and tokens for that.
+    """
+    order = _order(rows, max(1, batch_size // num_branches), most_tokens(model) / num_branches)
     with in_eval_mode(model):
         parts = [
-            scores(model, collate([rows[index] for index in batch])).cpu()
-            for batch in tracked(order, len(order), description)
+            score(collate([rows[index] for index in batch])).cpu() for batch in tracked(order, len(order), description)
         ]
-    width = max(part.shape[1] for part in parts)
-    found = torch.cat([F.pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts])
-    return found[way_back(order)]
+    width = max(part.shape[-1] for part in parts)
+    found = torch.cat([F.pad(part, (0, width - part.shape[-1]), value=-torch.inf) for part in parts], dim=-2)
+    return found[..., way_back(order), :]
 
 
 def calibrated(model: nn.Module, rows: Sequence[Choice], found: Tensor, collate: Collate, *, batch_size: int) -> Tensor:

@@ -4,6 +4,7 @@ This is the only room that knows both the config and the components.
 """
 
 from lorica.runs.evaluate import evaluate_target
+from lorica.runs.evaluation_matrix import evaluate_matrix
 from lorica.runs.export import Exported, export
 from lorica.runs.merge import MergedRun, merge
 from lorica.runs.merge_insight import audit_merge, diagnose_merge, plan_merge
@@ -23,6 +24,7 @@ __all__ = [
     "audit_merge",
     "chosen",
     "diagnose_merge",
+    "evaluate_matrix",
     "evaluate_target",
     "export",
     "merge",

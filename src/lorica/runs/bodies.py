@@ -15,6 +15,7 @@ from lorica.config import ModelConfig, TaskConfig
 from lorica.errors import ModelError
 from lorica.models import Base, Kind
 from lorica.runs.ready import Ready, load_base, loaded_task, ready
+from lorica.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,18 @@ class Bodies:
 
     device: str
     seed: int
-    _loaded: dict[tuple[ModelConfig, Kind], Base] = field(default_factory=dict, init=False, repr=False)
+    _loaded: dict[ModelConfig, Base] = field(default_factory=dict, init=False, repr=False)
 
     def prepare(self, model: ModelConfig, task: TaskConfig) -> Ready:
         """As `ready.prepare`; the model of a config that was seen before is the same body with the task's own head."""
-        on = models.choose_device(self.device)
-        kind, asked = loaded_task(model, task)
-        if (model, kind) not in self._loaded:
-            self._loaded[model, kind] = load_base(model, kind, on, self.seed)
-        return ready(sharing(self._loaded[model, kind], len(asked.labels), self.seed), asked, task, on)
+        return self.with_task(model, *loaded_task(model, task), task)
+
+    def with_task(self, model: ModelConfig, kind: Kind, asked: Task, cfg: TaskConfig, num_prefix: int = 0) -> Ready:
+        """The same, of a task that is loaded already; inputs leave `num_prefix` of the model's positions free."""
+        on, named = models.choose_device(self.device), model.model_copy(update={"kind": kind})
+        if named not in self._loaded:
+            self._loaded[named] = load_base(named, kind, on, self.seed)
+        return ready(sharing(self._loaded[named], len(asked.labels), self.seed), asked, cfg, on, num_prefix)
 
 
 @torch.no_grad()

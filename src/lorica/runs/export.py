@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorica import config, results
+from lorica import card, config, files, results
 from lorica.adapters import injection, peft_format
 from lorica.adapters import prefix as prefixes
 from lorica.adapters.adapter import Adapter
 from lorica.config import ExportConfig, TrainConfig
 from lorica.errors import ConfigError
 from lorica.results import RunFolder
-from lorica.runs.ready import prepare
+from lorica.runs.ready import kinds, prepare
+from lorica.runs.sources import task_name
 from lorica.training.ledger import Ledger
 
 
@@ -36,7 +37,7 @@ class Exported:
 
 
 def export(target: str, given: ExportConfig) -> Exported:
-    """Write what a run trained to `output_dir`: an adapter, or a whole model with the adapter fused in.
+    """Write what a run trained to `output_dir`: an adapter, or a whole model with the adapter fused in; with a card.
 
     A boosted run may be cut to its first `rounds`, and rounds may be dropped; `rank` or `energy` compress, the error
     stated. Raises ConfigError for what the run's kind does not have: rounds, ranks, weights to fuse.
@@ -44,7 +45,21 @@ def export(target: str, given: ExportConfig) -> Exported:
     run = results.open_run(target)
     cfg = config.check(TrainConfig, config.read_yaml(run.config))
     results.check_free(given.output_dir)
-    folder = Path(given.output_dir)
+    done = _exported(run, cfg, given, Path(given.output_dir))
+    text = card.export_card(
+        base_model=cfg.model.name,
+        kind=kinds(cfg.model, cfg.task)[0],
+        task=task_name(cfg.task),
+        told=done.told(),
+        run=str(run.path),
+        folder=str(done.folder),
+        is_model=given.fuse or cfg.adapter.kind == "full",
+    )
+    files.write_atomic(done.folder / "README.md", text)
+    return done
+
+
+def _exported(run: RunFolder, cfg: TrainConfig, given: ExportConfig, folder: Path) -> Exported:
     if cfg.adapter.kind == "full":
         _refuse_adapter_options(given, "a whole model", ("rounds", "drop", "rank", "energy", "profile"))
         trained = cfg.model.model_copy(update={"name": str(run.model), "revision": None})

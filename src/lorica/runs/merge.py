@@ -214,7 +214,9 @@ def _write_records(cfg: MergeConfig, prepared: Merge, sources: Sequence[Source],
     if run.evaluations:
         name = evaluation_name(cfg.split, cfg.eval_subset)
         files.write_json(folder / f"eval_results_{name}.json", _evaluation_record(run))
-    files.write_atomic(folder / "README.md", card.merge_card(metadata, run.as_record(), cfg.split))
+    is_causal = peft_format.settings(sources[0].folder).task_type == "CAUSAL_LM"
+    text = card.merge_card(metadata, run.as_record(), cfg.split, folder=str(run.folder), is_causal=is_causal)
+    files.write_atomic(folder / "README.md", text)
 
 
 def _evaluation_record(run: MergedRun) -> dict[str, Any]:

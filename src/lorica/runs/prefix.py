@@ -75,7 +75,12 @@ class PrefixOutcome:
 
     def about(self) -> About:
         values = self.prefix.values
-        return card.prefix(num_tokens=self.prefix.num_tokens, num_layers=len(values), num_parameters=values.numel())
+        return card.prefix(
+            base_model=self.prefix.base_model,
+            num_tokens=self.prefix.num_tokens,
+            num_layers=len(values),
+            num_parameters=values.numel(),
+        )
 
 
 def draw(base: Base, num_tokens: int, *, init: Literal["real_activations", "random"], seed: int) -> Prefix:

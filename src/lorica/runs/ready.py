@@ -101,10 +101,15 @@ def prepare(model: ModelConfig, task: TaskConfig, device: str, seed: int, num_pr
 
 def loaded_task(model: ModelConfig, task: TaskConfig) -> tuple[Kind, Task]:
     """The task, and what kind the model must be of."""
-    kind, task_kind = _kinds(model, task)
+    kind, task_kind = kinds(model, task)
+    return kind, task_of(task, task_kind)
+
+
+def task_of(task: TaskConfig, kind: tasks.Kind) -> Task:
+    """The task that a config names, asked by a prompt (`choice`) or by a head."""
     loaded = load_task(
         task.name,
-        kind=task_kind,
+        kind=kind,
         path=task.path,
         more_files=task.files,
         columns=task.columns,
@@ -120,7 +125,7 @@ def loaded_task(model: ModelConfig, task: TaskConfig) -> tuple[Kind, Task]:
     )
     if task.kind not in ("auto", loaded.kind):
         raise ConfigError(f"task.kind={task.kind}, and {loaded.name} is a task of {loaded.kind}: drop task.kind")
-    return kind, loaded
+    return loaded
 
 
 def train_as_of(asked: Literal["auto", "classification", "lm"], objective: str, task: Task) -> TrainAs:
@@ -165,7 +170,7 @@ def chosen(task: Task, split: Split, cfg: TaskConfig) -> list[tasks.Example]:
     return tasks.subset(task, split, size, seed=cfg.train_set_seed, stratified=cfg.stratified)
 
 
-def _kinds(model: ModelConfig, task: TaskConfig) -> tuple[Kind, tasks.Kind]:
+def kinds(model: ModelConfig, task: TaskConfig) -> tuple[Kind, tasks.Kind]:
     """The model's and the task's kind: what is not said follows from what is, or from the checkpoint's family."""
     natural = models.natural_kind(models.read_config(model.name, model.revision, model.trust_remote_code))
     if model.kind != "auto":

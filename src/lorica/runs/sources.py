@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from lorica import config, files, plugins, results
 from lorica.adapters import peft_format
 from lorica.adapters.adapter import Adapter
-from lorica.config import TrainConfig
+from lorica.config import TaskConfig, TrainConfig
 from lorica.errors import MissingPathError
 
 
@@ -67,7 +68,7 @@ def locate(words: Sequence[str], runs_dir: Path) -> list[Place]:
     for word in words:
         folder, run = _found(word, runs_dir)
         cfg = config.check(TrainConfig, config.read_yaml(run.config)) if run else None
-        places.append(Place(_unused(_name(folder, cfg), [each.name for each in places]), folder, cfg))
+        places.append(Place(unused(_name(folder, cfg), [each.name for each in places]), folder, cfg))
     return places
 
 
@@ -98,25 +99,24 @@ def _newest_by_task(runs_dir: Path) -> dict[str, results.RunFolder]:
     for line in files.read_records(index) if index.is_file() else []:
         run = results.RunFolder(runs_dir / files.slug(str(line["run"]), limit=200))
         if run.config.is_file() and run.adapter.is_dir():
-            newest[_task(config.check(TrainConfig, config.read_yaml(run.config))).lower()] = run
+            newest[task_name(config.check(TrainConfig, config.read_yaml(run.config)).task).lower()] = run
     return newest
 
 
-def _task(cfg: TrainConfig) -> str:
-    return (cfg.task.name or Path(cfg.task.path or "adapter").name).rpartition("/")[2]
+def task_name(task: TaskConfig) -> str:
+    """What a task is called by those who name it: its own name, or its folder's."""
+    return (task.name or Path(task.path or "adapter").name).rpartition("/")[2]
 
 
 def _name(folder: Path, cfg: TrainConfig | None) -> str:
     """A run's adapter is called by its task, another by its folder."""
     if cfg is not None:
-        return files.slug(_task(cfg))
+        return files.slug(task_name(cfg.task))
     whole = folder.resolve()
     return files.slug(whole.parent.name if whole.name == "adapter" else whole.name)
 
 
-def _unused(name: str, taken: Sequence[str]) -> str:
-    number = 2
-    unused = name
-    while unused in taken:
-        unused, number = f"{name}-{number}", number + 1
-    return unused
+def unused(name: str, taken: Collection[str]) -> str:
+    """The name, or `name-2` and so on where it is taken."""
+    numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(each for each in numbered if each not in taken)

@@ -1,8 +1,20 @@
 """What the command line prints: results, plans and catalogues as tables. Imports no torch."""
 
 from lorica.tables.catalogues import LISTS, listing
+from lorica.tables.evaluation import evaluations, matrix
 from lorica.tables.merging import merge_audit, merge_diagnosis, merge_plan, merged
 from lorica.tables.sweeps import sweep
-from lorica.tables.training import evaluations, plan
+from lorica.tables.training import plan
 
-__all__ = ["LISTS", "evaluations", "listing", "merge_audit", "merge_diagnosis", "merge_plan", "merged", "plan", "sweep"]
+__all__ = [
+    "LISTS",
+    "evaluations",
+    "listing",
+    "matrix",
+    "merge_audit",
+    "merge_diagnosis",
+    "merge_plan",
+    "merged",
+    "plan",
+    "sweep",
+]

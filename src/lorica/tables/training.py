@@ -1,8 +1,7 @@
-"""Evaluations, and what training would need, as tables."""
+"""What training would need, as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -11,33 +10,7 @@ from rich.table import Table
 from lorica.tables.cells import size
 
 if TYPE_CHECKING:
-    from lorica.evaluation.evaluate import Evaluation
     from lorica.planning import Plan
-
-
-def evaluations(found: Sequence[tuple[str, Evaluation]]) -> Table:
-    """One row for each evaluation: metrics with their 95 % intervals."""
-    metrics = list(dict.fromkeys(name for _, evaluation in found for name in evaluation.metrics))
-    table = Table("adapter", "task", "split", "n", *metrics, "loss")
-    for name, evaluation in found:
-        cells = []
-        for metric in metrics:
-            score = evaluation.metrics.get(metric)
-            cells.append(f"{score.value:.4f} [{score.low:.3f}, {score.high:.3f}]" if score else "")
-        table.add_row(
-            *(
-                escape(name),
-                escape(evaluation.task),
-                evaluation.split,
-                str(max(each.n for each in evaluation.metrics.values())),
-            ),
-            *(escape(cell) for cell in cells),
-            f"{evaluation.loss:.4f}",
-        )
-    cut = [f"{run.num_truncated} of {escape(run.task)} ({escape(name)})" for name, run in found if run.num_truncated]
-    if cut:
-        table.caption = f"examples that were cut to what the model reads: {', '.join(cut)}"
-    return table
 
 
 def plan(found: Plan) -> Table:

@@ -1,10 +1,12 @@
-"""The model card that a run leaves: what was trained, how well it does, how to load it."""
+"""The card of a training run: what was trained, how well it does, how to load it; and that of its export."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from lorica.card import lm_eval
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class About:
     tags: Sequence[str]
     library: str
     fitted: str | None = None  # how it was trained, where that was not by steps
+    lm_eval: str = ""  # how EleutherAI's lm-eval is told of it, as its model_args; empty where it cannot load it
 
 
 TEMPLATE = """---
@@ -93,6 +96,7 @@ def adapter(
         ),
         tags=("lora", "lorica"),
         library="peft",
+        lm_eval=lm_eval.args(base_model, kind, "FOLDER/adapter"),
     )
 
 
@@ -108,17 +112,30 @@ The folder `model/` is an ordinary transformers checkpoint."""
 def model(*, kind: str, num_labels: int, num_parameters: int) -> About:
     """What a card says of a model that was trained whole."""
     usage = MODEL_USAGE.format(kind=kind, num_labels=_with_labels(kind, num_labels))
-    return About("All parameters", num_parameters, usage, tags=("full", "lorica"), library="transformers")
+    return About(
+        "All parameters",
+        num_parameters,
+        usage,
+        tags=("full", "lorica"),
+        library="transformers",
+        lm_eval=lm_eval.args("FOLDER/model", kind),
+    )
 
 
 PREFIX_USAGE = """The folder `adapter/` is an ordinary PEFT prefix: `peft.PeftModel.from_pretrained(model,
 "FOLDER/adapter")` loads it."""
 
 
-def prefix(*, num_tokens: int, num_layers: int, num_parameters: int) -> About:
+def prefix(*, base_model: str | None, num_tokens: int, num_layers: int, num_parameters: int) -> About:
     """What a card says of a prefix."""
-    what = f"A prefix of {num_tokens} keys and values in each of the {num_layers} layers"
-    return About(what, num_parameters, PREFIX_USAGE, tags=("prefix-tuning", "lorica"), library="peft")
+    return About(
+        f"A prefix of {num_tokens} keys and values in each of the {num_layers} layers",
+        num_parameters,
+        PREFIX_USAGE,
+        tags=("prefix-tuning", "lorica"),
+        library="peft",
+        lm_eval=lm_eval.args(base_model, "causal", "FOLDER/adapter"),
+    )
 
 
 FITTED = """
@@ -177,7 +194,7 @@ def run_card(
         examples="Examples: " + ", ".join(f"{count} {split}" for split, count in num_examples.items()) + ".",
         rounds=_rounds(rounds),
         folder=folder,
-        usage=about.usage.replace("FOLDER", folder),
+        usage=about.usage.replace("FOLDER", folder) + lm_eval.command(about.lm_eval.replace("FOLDER", folder), [task]),
     )
 
 
@@ -210,117 +227,38 @@ def _rounds(rounds: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-MERGE_TEMPLATE = """---
+EXPORT_TEMPLATE = """---
 base_model: {base_model}
-library_name: peft
-tags: [lora, lorica, merge]
+library_name: {library}
+tags: [lorica]
 ---
 
-# {title}
+# {task} on {base_name}
 
-{num_sources} adapters of `{base_model}` merged by **{method}** ({params}), module by module over {num_modules} modules.
-{size}
+Exported from `{run}`: {told}.
 
-{learning}## What went in
-
-| adapter | {weight} | rank | modules | SHA-256 |
-|---|---|---|---|---|
-{source_rows}
-
-{dropped}## What was lost
-
-{loss}
-
-{evaluation}## How to use it
+## How to use it
 
 {usage}
-
-Everything that was set is in `config.yaml`; options, errors of every module, hashes and versions in
-`merge_metadata.json`.
 """
 
-USAGE = {
-    "adapter": "The folder is an ordinary PEFT adapter: `peft.PeftModel.from_pretrained(model, FOLDER)`.",
-    "dense": "`delta.safetensors` holds each module's update, to be added to its weight.",
-    "model": "`model/` is a whole checkpoint: `transformers.AutoModel.from_pretrained(FOLDER + '/model')`.",
-    None: "No weights were saved (save_merged=false).",
-}
 
-
-def merge_card(metadata: Mapping[str, Any], summary: Mapping[str, Any], split: str) -> str:
-    """The card of one merge, as Markdown; every figure comes from its own records."""
-    sources = metadata["sources"]
-    learning = metadata["learning"]
-    options = {} if learning else metadata["method_params"]
-    params = ", ".join(f"{name.removesuffix('_')}={value}" for name, value in options.items())
-    weights = learning["mean_coefficients"] if learning else metadata["weights"]
-    rows = [
-        f"| {each['name']} | {weights[each['name']]:.4g} | {', '.join(map(str, each['ranks']))} | "
-        f"{each['num_modules']} | `{each['sha256'][:12]}` |"
-        for each in sources
-    ]
-    rank = summary["max_rank"]
-    return MERGE_TEMPLATE.format(
-        base_model=sources[0]["base_model"],
-        title=f"{' + '.join(each['name'] for each in sources)}, merged by {metadata['method']}",
-        num_sources=len(sources),
-        method=metadata["method"],
-        params="coefficients learned" if learning else params or "no options",
-        learning=_learning(learning) if learning else "",
-        weight="mean coefficient" if learning else "weight",
-        num_modules=summary["num_modules"],
-        size=f"The largest rank is {rank}." if rank else "The update is dense.",
-        source_rows="\n".join(rows),
-        dropped=_dropped(metadata["dropped_modules"]),
-        loss=_loss(summary),
-        evaluation=_survival(summary, split),
-        usage=USAGE[metadata["save"]],
+def export_card(*, base_model: str, kind: str, task: str, told: str, run: str, folder: str, is_model: bool) -> str:
+    """The card of what a run was exported to: a folder that is a PEFT adapter, or a whole model."""
+    if is_model:
+        usage = f"The folder is an ordinary transformers checkpoint: `lorica evaluate {folder} task=NAME`."
+    else:
+        usage = (
+            f"The folder is an ordinary PEFT adapter: `peft.PeftModel.from_pretrained(model, {folder!r})`, or\n"
+            f"`lorica evaluate {folder} task=NAME`."
+        )
+    args = lm_eval.args(folder, kind) if is_model else lm_eval.args(base_model, kind, folder)
+    return EXPORT_TEMPLATE.format(
+        base_model=base_model,
+        library="transformers" if is_model else "peft",
+        task=task,
+        base_name=base_model.rstrip("/").rpartition("/")[2],
+        run=run,
+        told=told,
+        usage=usage + lm_eval.command(args, [task]),
     )
-
-
-def _learning(found: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{name}={value}" for name, value in found["options"].items())
-    descent = found["descent"]
-    rows = ", ".join(
-        f"{each['num_fitted']} of {name} (and {each['num_validation']} to validate)"
-        for name, each in found["tasks"].items()
-    )
-    best = "" if found["best_step"] is None else f" They are those of step {found['best_step']}, the best validated."
-    return (
-        "## How the coefficients were learned\n\n"
-        f"By `{found['optimizer']}` ({options or 'no options'}), {descent['variant'].replace('_', '-')}, seed "
-        f"{descent['seed']}, in {found['seconds']:.1f} s on {descent['split']} examples"
-        f"{'' if found['labels_used'] else ' without their labels'}: {rows}. {found['stopped'].capitalize()}.{best} "
-        "`learning.json` has every coefficient and the history, `learning.png` the picture.\n\n"
-    )
-
-
-def _dropped(paths: Sequence[str]) -> str:
-    if not paths:
-        return ""
-    named = ", ".join(f"`{path}`" for path in paths[:8])
-    return f"Not merged, because not every adapter has them: {named}{', …' if len(paths) > 8 else ''}.\n\n"
-
-
-def _loss(summary: Mapping[str, Any]) -> str:
-    text = (
-        f"Relative error of what is saved against what the method made: {summary['total_error']:.4f} in all, "
-        f"{summary['worst_error']:.4f} in the worst module."
-        if summary["total_error"]
-        else "Nothing: what the method made is saved exactly."
-    )
-    if summary["distance"] is not None:
-        text += f" The method averages factors: it lies up to {summary['distance']:.3f} from the exact merge."
-    return text
-
-
-def _survival(summary: Mapping[str, Any], split: str) -> str:
-    if not summary["tasks"]:
-        return ""
-    rows = []
-    for each in summary["tasks"]:
-        delta = each["interference_delta"]
-        shown = f"{delta[0]:.3f} ({delta[1]:.3f} to {delta[2]:.3f})" if delta else "no headroom"
-        rows.append(f"| {each['task']} | {each['base']:.4f} | {each['single']:.4f} | {each['merged']:.4f} | {shown} |")
-    head = "| task | base | own adapter | merged | recovered (95 % interval) |\n|---|---|---|---|---|\n"
-    return f"## What survives, on {split}\n\n{head}" + "\n".join(rows) + "\n\n"
