@@ -13,7 +13,7 @@ from rich.console import Console
 from lorica import config, files, runs
 from lorica.adapters import peft_format
 from lorica.adapters.adapter import Adapter
-from lorica.adapters.informed import ALONE
+from lorica.adapters.informed import ALONE, FIRST
 from lorica.config import TrainConfig
 from lorica.demo import language
 from lorica.errors import ConfigError
@@ -40,13 +40,25 @@ def begun(
     return peft_format.read(found.run.adapter), found.evaluation.metrics["accuracy"].value
 
 
-def test_two_classes_leave_one_row_of_length_1(data: Path, tmp_path: Path) -> None:
+def test_two_classes_leave_one_long_row(data: Path, tmp_path: Path) -> None:
     adapter, _ = begun(tmp_path / "run", "trainer=zo", f"task.path={data / 'sentiment'}")
     for update in adapter.updates.values():
         lengths = update.A.norm(dim=1)
-        assert lengths[0] == pytest.approx(1.0)
+        assert lengths[0] == pytest.approx(FIRST, rel=1e-2)  # kept in bfloat16
         assert (lengths[1:] < 0.1).all()
         assert not update.B.any()
+
+
+def test_several_classes_leave_one_row_less(data: Path, tmp_path: Path) -> None:
+    adapter, _ = begun(tmp_path / "run", "trainer=zo", f"task.path={data / 'topic'}", "adapter.targets=all-linear")
+    asked, _ = begun(
+        *(tmp_path / "asked", "trainer=zo", f"task.path={data / 'topic'}"),
+        *("adapter.targets=all-linear", "adapter.init=discriminant"),
+    )
+    for path, update in adapter.updates.items():
+        lengths = update.A.norm(dim=1)
+        assert lengths[0] == pytest.approx(FIRST, rel=1e-2)
+        assert torch.equal(asked.updates[path].A, update.A)
 
 
 def test_a_head_begins_as_a_linear_probe(data: Path, tmp_path: Path) -> None:
@@ -59,7 +71,7 @@ def test_a_head_begins_as_a_linear_probe(data: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_looked_at_is_counted_and_the_same_again(data: Path, tmp_path: Path) -> None:
-    words = ("trainer=zo", f"task.path={data / 'topic'}")
+    words = ("trainer=zo", f"task.path={data / 'sentiment'}")
     one, again = (begun(tmp_path / name, *words)[0] for name in ("one", "again"))
     assert all(torch.equal(again.updates[path].A, update.A) for path, update in one.updates.items())
     (step,) = files.read_records(tmp_path / "one" / "training_loss.jsonl")
@@ -67,9 +79,9 @@ def test_what_is_looked_at_is_counted_and_the_same_again(data: Path, tmp_path: P
 
 
 def test_both_factors_and_backprop_begin_at_random(data: Path, tmp_path: Path) -> None:
-    drawn, _ = begun(tmp_path / "drawn", "adapter.init=kaiming", f"task.path={data / 'topic'}")
+    drawn, _ = begun(tmp_path / "drawn", "adapter.init=kaiming", f"task.path={data / 'sentiment'}")
     for name, words in (("both", ["trainer=zo", "zo.train=both"]), ("backprop", [])):
-        adapter, _ = begun(tmp_path / name, *words, f"task.path={data / 'topic'}")
+        adapter, _ = begun(tmp_path / name, *words, f"task.path={data / 'sentiment'}")
         assert all(torch.equal(adapter.updates[path].A, update.A) for path, update in drawn.updates.items())
 
 

@@ -12,7 +12,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor, nn
 
 from lorica.adapters import informed, injection
-from lorica.adapters.informed import ALONE, REST, Labelled, along, discriminants, fisher_directions
+from lorica.adapters.informed import ALONE, FIRST, REST, Labelled, along, discriminants, fisher_directions
 
 WIDTH = 12
 
@@ -38,6 +38,17 @@ def test_there_is_one_direction_less_than_classes_strongest_first(num_classes: i
     assert (lengths.diff() <= 0).all()
     inner = found @ found.T
     torch.testing.assert_close(inner, torch.diag(inner.diagonal()), atol=1e-9, rtol=0)
+
+
+def test_a_rare_class_counts_by_its_share() -> None:
+    """Of two classes that stand equally far from a common one, in directions of their own, the frequent one leads."""
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.tensor([0] * 400 + [1] * 380 + [2] * 20)
+    x = torch.randn(len(classes), WIDTH, generator=generator, dtype=torch.float64)
+    x[:, 0] += 3.0 * (classes == 1)
+    x[:, 1] += 3.0 * (classes == 2)
+    first = fisher_directions(x, classes)[0]
+    assert first[0].abs() > 5 * first[1].abs()
 
 
 def test_an_input_wider_than_its_examples_is_whitened_as_the_formula_says() -> None:
@@ -81,11 +92,11 @@ def test_a_module_that_reads_something_else_has_no_directions() -> None:
 def test_boosters_take_turns(first: int) -> None:
     directions = {"0": torch.tensor([[1.0, 0, 0], [0, 0.5, 0]])}
     new = injection.create(nn.Sequential(nn.Linear(3, 3)), ["0"], rank=1, alpha=1.0)
-    expected = torch.eye(3)[[first % 2]]
+    expected = FIRST * torch.eye(3)[[first % 2]]
     torch.testing.assert_close(along(new, directions, first).updates["0"].A, expected)
 
 
-def test_what_is_left_of_the_draw_is_small_and_other_modules_keep_it_at_half() -> None:
+def test_what_is_left_of_the_draw_is_small_and_other_modules_keep_theirs() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     new = injection.create(model, ["0", "1"], rank=3, alpha=6.0)
     laid = along(new, {"0": torch.eye(6)[:1]})

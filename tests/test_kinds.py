@@ -231,7 +231,7 @@ def test_what_does_not_go_together_is_refused(words: list[str], told: list[str])
         (["adapter.kind=full"], 5e-5, None),
         (FULL_ZO, 1e-6, "rademacher"),
         (["--prefix_tuning"], 1e-3, None),
-        (["trainer=zo"], 3e-3, "gaussian"),
+        (["trainer=zo"], 1e-3, "gaussian"),
         (["trainer=zo", "zo.train=both"], 1e-4, "gaussian"),
         ([*FULL_ZO, "zo.distribution=gaussian"], 1e-6, "gaussian"),
     ],

@@ -109,7 +109,8 @@ def test_a_zeroth_order_run_trains_B_unless_told_otherwise(words: list[str], fac
 
 
 def test_spsa_is_short_for_zeroth_order_by_spsa() -> None:
-    assert read("trainer=spsa") == read("trainer=zo") == read("--trainer", "zo")
+    assert read("trainer=spsa") == read("trainer=zo", "zo.estimator=spsa") == read("--trainer", "spsa")
+    assert read("trainer=zo") == read("--trainer", "zo")
     assert read("trainer=spsa", "zo.estimator=spsa").zo.estimator == "spsa"
 
 

@@ -15,8 +15,10 @@ from lorica.adapters.adapter import Adapter
 from lorica.adapters.delta import LowRank
 
 RIDGE = 0.1  # of the mean variance of an input's entries, added to each: 800 examples do not fill a wide input's space
-REST = 0.1  # length of the drawn rows behind the discriminants: they tell little, and their noise would count as much
-ALONE = 0.5  # length of drawn rows where there are none
+# Lengths of A's rows, so that one learning rate of B suits them all: a step goes with their square.
+FIRST = 1.7  # of the direction that a booster begins with
+REST = 0.1  # of the drawn rows behind the directions: they tell little, and their noise would count as much
+ALONE = 0.7  # of drawn rows where there are no directions
 
 
 @torch.no_grad()
@@ -81,9 +83,8 @@ def discriminants(model: nn.Module, paths: Iterable[str], batches: Iterable[Labe
 def along(new: Adapter, directions: Mapping[str, Tensor], first: int = 0) -> Adapter:
     """`new` with the directions (k, in) of a module as A's first rows; what was drawn for these rows is gone.
 
-    They begin with number `first`, go round again, and the one they begin with has length 1: boosters take turns. Rows
-    beyond the k-th stay as drawn, at a tenth of their length. A module without directions keeps its draw at half its
-    length, for then one learning rate of B suits both.
+    They begin with number `first` and go round again, for boosters that take turns. Rows beyond the k-th stay as drawn;
+    a module without directions keeps its draw. The lengths are such that one learning rate of B suits them all.
     """
     updates = {
         path: LowRank(_laid(update.A, directions.get(path, update.A[:0]), first), update.B, update.scale)
@@ -95,14 +96,15 @@ def along(new: Adapter, directions: Mapping[str, Tensor], first: int = 0) -> Ada
 def fisher_directions(x: Tensor, classes: Tensor) -> Tensor:
     """(k, in) float64 of examples (n, in) of some classes (n,): the directions along which the classes' means differ.
 
-    The means, less their own mean, are whitened by the covariance within the classes (Fisher 1936, Rao 1948); their
-    singular directions follow, each as long as its singular value, in shares of the first. k is less than the number
-    of classes, and 0 where the means do not differ.
+    The means, less that of all examples and weighed by the root of their classes' shares, are whitened by the
+    covariance within the classes (Fisher 1936, Rao 1948); their singular directions follow, each as long as its
+    singular value, in shares of the first. k is less than the number of classes, and 0 where the means do not differ.
     """
     x = x.double()
-    labels, places = torch.unique(classes, return_inverse=True)
+    labels, places, counts = torch.unique(classes, return_inverse=True, return_counts=True)
     means = torch.stack([x[classes == label].mean(dim=0) for label in labels])  # (C, in)
-    within, apart = x - means[places], means - means.mean(dim=0)  # (n, in), (C, in)
+    within = x - means[places]  # (n, in)
+    apart = (counts / len(x)).sqrt().unsqueeze(1) * (means - x.mean(dim=0))  # (C, in): a rare class's mean is noise
     if len(labels) < 2 or not apart.abs().max() > 1e-9 * x.abs().max():
         return x[:0]
     ridge = RIDGE * within.square().mean()
@@ -121,7 +123,7 @@ def _laid(A: Tensor, found: Tensor, first: int) -> Tensor:
     if len(found) == 0:
         return A * ALONE
     turned = found.roll(-first, 0)
-    top = (turned / turned[0].norm())[: len(A)].to(A.dtype)
+    top = (FIRST * turned / turned[0].norm())[: len(A)].to(A.dtype)
     return torch.cat([top, REST * A[len(top) :]])
 
 

@@ -10,7 +10,7 @@ from lorica.config import contradictions
 from lorica.config.contradictions import LOW_RANK, refuse_set
 
 DEFAULT_RATES = {"lora": (1e-3, 1e-4), "full": (5e-5, 1e-6), "prefix": (1e-3, 1e-3)}  # by backprop, under zo
-RATE_OF_B = 3e-3  # under zo, where B alone is trained
+RATE_OF_SEVERAL = 1e-3  # under zo, where the mean of several one-sided directions is taken
 
 
 class Section(BaseModel):
@@ -63,7 +63,8 @@ class AdapterConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | list[str] = Field("standard", description="standard | extended | all-linear | names | a regex")
     init: Literal["auto", "kaiming", "gaussian", "orthogonal", "activations", "discriminant"] = Field(
-        "auto", description="of A; auto: kaiming, or discriminant where trainer=zo trains B alone"
+        "auto",
+        description="of A; auto: kaiming, or where trainer=zo trains B alone what a first look at the task shows",
     )
     init_std: float | None = Field(None, gt=0, description="standard deviation of init=gaussian")
     profile: Literal["peft", "portable"] = Field("peft", description="how the adapter folder is written")
@@ -177,7 +178,7 @@ class TrainConfig(Section):
     )
     optimizer: Literal["adamw", "sgd", "momentum"] | None = Field(None, description="None: adamw, or sgd under zo")
     learning_rate: float | None = Field(
-        None, ge=0, description="None: 1e-3, zo 3e-3, or 1e-4 for both factors; full 5e-5, zo 1e-6"
+        None, ge=0, description="None: 1e-3, or 1e-4 by two-sided probes; full 5e-5, zo 1e-6"
     )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm; None: no clipping")
@@ -289,8 +290,9 @@ class TrainConfig(Section):
                 update={"max_steps": 0, "task": self.task.model_copy(update={"kind": "classification"})}
             )
         zeroth_order = self.trainer == "zo"
-        by_B = zeroth_order and kind in LOW_RANK and self._factors_of_zeroth_order() == "B"
-        rate = RATE_OF_B if by_B else DEFAULT_RATES.get(kind, DEFAULT_RATES["lora"])[zeroth_order]
+        rate = DEFAULT_RATES.get(kind, DEFAULT_RATES["lora"])[zeroth_order]
+        if zeroth_order and kind in LOW_RANK and self._estimator() == "one_sided":
+            rate = RATE_OF_SEVERAL
         steps = 1000 if self.max_steps is None and self.num_epochs is None else self.max_steps
         return self.model_copy(
             update={
@@ -312,8 +314,7 @@ class TrainConfig(Section):
 
     def _zeroth_order_sections(self) -> dict[str, Any]:
         """With the factors that are trained, of which two sections speak, in agreement."""
-        low_rank, factors = self.adapter.kind in LOW_RANK, self._factors_of_zeroth_order()
-        estimator = self.zo.estimator or ("one_sided" if low_rank and factors == "B" else "spsa")
+        low_rank, factors, estimator = self.adapter.kind in LOW_RANK, self._factors_of_zeroth_order(), self._estimator()
         zo = self.zo.model_copy(
             update={
                 "estimator": estimator,
@@ -326,6 +327,10 @@ class TrainConfig(Section):
         boosted = self.adapter.kind == "xgblora"
         boosting = self.boosting.model_copy(update={"train_factors": factors}) if boosted else self.boosting
         return {"zo": zo.model_copy(update={"train": factors}), "boosting": boosting}
+
+    def _estimator(self) -> Literal["spsa", "one_sided", "forward_gradient"]:
+        by_B = self.adapter.kind in LOW_RANK and self._factors_of_zeroth_order() == "B"
+        return self.zo.estimator or ("one_sided" if by_B else "spsa")
 
     def _factors_of_zeroth_order(self) -> Literal["both", "B"]:
         asked = self.boosting.train_factors if "train_factors" in self.boosting.model_fields_set else "B"

@@ -52,7 +52,7 @@ def first_look(learning: RunUnderWay, paths: Sequence[str]) -> FirstLook:
     """Put some training examples through the bare base, once: A's first rows, and the last layer of a task's head.
 
     That layer starts as the linear probe of what comes in to it (Kumar et al. 2022, arXiv 2202.10054). A task without
-    classes that all its examples share shows nothing: ConfigError, if the config asks for it by name.
+    classes that all its examples share shows nothing: ConfigError, if the config asks for them by name.
     """
     base, task = learning.ready.base, learning.ready.task
     if task.train_as != "classification" or len(task.labels) < 2:
