@@ -70,13 +70,12 @@ def test_classes_that_do_not_differ_have_no_direction() -> None:
 def test_padding_and_batches_play_no_part() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, 4))
     x, classes = _clusters(num_classes=2, each=16)
-    tokens = x[:, None, :] + torch.randn(len(x), 5, WIDTH, generator=torch.Generator().manual_seed(1))
-    mask = torch.ones(len(x), 5, dtype=torch.long)
-    padded = torch.cat([tokens, torch.full((len(x), 3, WIDTH), 7.0)], dim=1)
-    longer = torch.cat([mask, torch.zeros(len(x), 3, dtype=torch.long)], dim=1)
-    whole = discriminants(model, ["0"], [_batch(model, tokens, mask, classes)])
-    parts = [_batch(model, padded[at], longer[at], classes[at]) for at in torch.arange(len(x)).split(8)]
-    torch.testing.assert_close(discriminants(model, ["0"], parts)["0"], whole["0"], atol=1e-6, rtol=1e-5)
+    tokens = x[:, None, :] + torch.randn(len(x), 8, WIDTH, generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(8) < 2 + torch.arange(len(x))[:, None] % 5  # (n, 8): rows of 2 to 6 tokens
+    pooled = torch.stack([row[kept].mean(dim=0) for row, kept in zip(tokens, mask, strict=True)])
+    parts = [_batch(model, tokens[at], mask[at], classes[at]) for at in torch.arange(len(x)).split(8)]
+    found = discriminants(model, ["0"], parts)["0"]
+    torch.testing.assert_close(found.double(), fisher_directions(pooled, classes), atol=1e-5, rtol=1e-4)
 
 
 def test_a_module_that_reads_something_else_has_no_directions() -> None:
