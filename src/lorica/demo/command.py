@@ -60,7 +60,8 @@ def _training(given: DemoConfig, folder: Path, task: str, trainer: str) -> Train
             "trainer": trainer,
             "learning_rate": given.spsa_learning_rate if zeroth_order else given.learning_rate,
             "max_steps": given.spsa_steps if zeroth_order else given.steps,
-            "zo": {"epsilon": given.epsilon} if zeroth_order else {},
+            "zo": {"epsilon": given.epsilon, "estimator": "spsa"} if zeroth_order else {},
+            "adapter": {"init": "kaiming"},  # the tables compare estimators, from one start
             "seed": given.seed,
             "logging_steps": max(1, (given.spsa_steps if zeroth_order else given.steps) // 4),
             "output_dir": str(folder / f"{task}-{trainer}"),
