@@ -111,15 +111,17 @@ def test_a_compiled_step_is_the_step_and_other_lengths_soon_compile_nothing(
     case, backend, plain = setup(load(family)), Counting(), trainer()
     compiled = case.compiled(backend).around(trainer())
     names = list(case.live.model.state_dict())
-    for shapes, most in ((FIRST, 4), (LATER, 1), (LAST, 0)):  # Llama's padded code is of one number of rows at first
+    again = int(family == "llama" and trainer is spsa)  # padded, its first code is of that many rows alone
+    for shapes, versions in ((FIRST, None), (LATER, again), (LAST, 0)):
         before = backend.num_compiled
         for shape in shapes:
             batch = batch_of(case.live.model, *shape)
             check_agree(case.estimate(compiled, batch), case.estimate(plain, batch))
             assert list(case.live.model.state_dict()) == names
             assert not any("forward" in vars(block) for block in blocks_of(case.live.model))
-        assert backend.num_compiled - before <= most
-    assert backend.num_compiled > 0 and not case.said
+        more = backend.num_compiled - before
+        assert more > 0 if versions is None else more == versions
+    assert not case.said
 
 
 @pytest.mark.slow

@@ -79,6 +79,11 @@ def read(*words: str) -> TrainConfig:
             ["zo.train=B", "boosting.train_factors=both"],
         ),
         (["trainer=zo", "zo.branches=0"], ["zo.branches"]),
+        (["adapter.init=discriminant", "--xgblora", "boosting.orthogonal=true"], ["discriminant", "orthogonal"]),
+        (
+            ["trainer=zo", "adapter.init=discriminant", "zo.space=update", "learning_rate=1"],
+            ["discriminant", "zo.space=update"],
+        ),
     ],
 )
 def test_what_contradicts_or_would_do_nothing_is_refused(words: list[str], told: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorica.card import lm_eval
+import lorica.card.lm_eval as lm_eval
 
 MERGE_TEMPLATE = """---
 base_model: {base_model}

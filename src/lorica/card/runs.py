@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorica.card import lm_eval
+import lorica.card.lm_eval as lm_eval
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """One schema for every verb, filled from YAML files, `key=value` words and flags. Imports no torch."""
 
-from lorica.config import mezo
+import lorica.config.mezo as mezo
 from lorica.config.flags import FLAGS, Flag
 from lorica.config.merging import (
     EvalSubsetConfig,
@@ -15,17 +15,13 @@ from lorica.config.reading import check, documented, dump, keys, read, read_yaml
 from lorica.config.schema import (
     AdapterConfig,
     BoostingConfig,
-    DemoConfig,
-    EvaluateConfig,
-    ExportConfig,
     ModelConfig,
-    PlanConfig,
     PrefixConfig,
-    ReplayConfig,
     TaskConfig,
     TrainConfig,
     ZerothOrderConfig,
 )
+from lorica.config.verbs import DemoConfig, EvaluateConfig, ExportConfig, PlanConfig, ReplayConfig
 
 __all__ = [
     "FLAGS",

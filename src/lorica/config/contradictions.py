@@ -28,8 +28,21 @@ def refuse_set(section: BaseModel, name: str, reason: str, allowed: Collection[s
 def of_kind(cfg: TrainConfig) -> list[str]:
     """What adapter.kind does not go with."""
     rules = {"full": _of_full, "prefix": _of_prefix, "linear_probe": _of_linear_probe}
-    kind = cfg.adapter.kind
-    return [mistake for made, mistake in rules[kind](cfg) if made] if kind in rules else []
+    return [mistake for made, mistake in rules.get(cfg.adapter.kind, _of_low_rank)(cfg) if made]
+
+
+def _of_low_rank(cfg: TrainConfig) -> list[tuple[bool, str]]:
+    is_informed = cfg.adapter.init == "discriminant"
+    return [
+        (
+            is_informed and cfg.boosting.orthogonal,
+            "adapter.init=discriminant and boosting.orthogonal=true both decide A: drop one of them",
+        ),
+        (
+            is_informed and cfg.zo.space == "update",
+            "adapter.init=discriminant sets the lengths of A's rows, and zo.space=update divides them out: drop one",
+        ),
+    ]
 
 
 def _of_full(cfg: TrainConfig) -> list[tuple[bool, str]]:

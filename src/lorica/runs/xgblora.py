@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+import lorica.runs.lora as lora
 from lorica import randomness
 from lorica.adapters import injection
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.injection import Live
 from lorica.evaluation.scoring import in_eval_mode
 from lorica.results import RunFolder
-from lorica.runs import lora
 from lorica.runs.first_look import FirstLook
 from lorica.runs.lora import AdapterOutcome
 from lorica.runs.tuning import RunUnderWay
