@@ -37,12 +37,17 @@ class Spectrum:
     @property
     def norm(self) -> float:
         """‖ΔW‖, in the Frobenius norm."""
-        return (float(self.sigma.square().sum()) + self.rest) ** 0.5
+        return (self._energy(0) + self.rest) ** 0.5
 
     def error(self, k: int) -> float:
         """sqrt(Σ_{i>k} σ² / Σ σ²), what keeping the first k singular values loses; 0 for the zero update."""
-        lost = float(self.sigma[k:].square().sum()) + self.rest
+        lost = self._energy(k) + self.rest
         return lost**0.5 / self.norm if lost > 0 else 0.0
+
+    def _energy(self, start: int) -> float:
+        """Σ σ² from `start` on."""
+        tail = self.sigma[start:]
+        return float(tail.dot(tail))
 
 
 def compress(update: LowRank, rank: int | None = None, energy: float | None = None) -> tuple[LowRank, float]:
@@ -122,16 +127,17 @@ def _by_grams(update: LowRank) -> Spectrum | None:
     L_A, L_B = (_triangle(rows) for rows in (update.A, update.B.T))
     if update.rank > min(update.shape) or L_A is None or L_B is None:
         return None
-    core = update.scale * L_B.T @ L_A  # (r, r)
+    core = L_B.T @ L_A  # (r, r), but for s
     squares, v = torch.linalg.eigh(core.T @ core)  # rising
     v = v.flip(1)
-    sigma = squares.flip(0).clamp(min=0).sqrt()
+    sigma = squares.flip(0).clamp_(min=0).sqrt_().mul_(abs(update.scale))
     sigma = sigma.where(sigma > RESOLVED * sigma[:1], 0.0)
 
     def truncated(k: int) -> LowRank:
         keep = sigma[:k].where(sigma[:k] > 0, torch.inf)
-        left = update.scale * L_A @ v[:, :k] / keep.sqrt()  # (r, k): B·left = U·√σ
-        right = update.scale * L_B @ (core @ v[:, :k] / keep) / keep.sqrt()  # (r, k): rightᵀ·A = √σ·Vᵀ
+        turned = v[:, :k] * (update.scale / keep.sqrt())  # (r, k): s·v/√σ
+        left = L_A @ turned  # (r, k): B·left = U·√σ
+        right = L_B @ (core @ turned * (update.scale / keep))  # (r, k): rightᵀ·A = √σ·Vᵀ
         dtype = torch.promote_types(update.A.dtype, torch.float32)
         kept_A = right.T.to(dtype) @ update.A.to(dtype)  # (k, in)
         return LowRank(kept_A, update.B.to(dtype) @ left.to(dtype)).to(update.A.dtype)
@@ -153,7 +159,8 @@ def _triangle(rows: Tensor) -> Tensor | None:
 
 
 def _are_even(pivots: Tensor) -> bool:
-    return len(pivots) == 0 or float(pivots.min()) >= EVEN_PIVOTS * float(pivots.max())
+    values = pivots.tolist()
+    return not values or min(values) >= EVEN_PIVOTS * max(values)
 
 
 def _gram(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -118,12 +118,9 @@ def combination(updates: Sequence[LowRank], coefficients: Sequence[float]) -> Lo
     for other in updates[1:]:
         updates[0]._must_fit(other)
     A = torch.cat([update.A for update in updates])  # (R, in)
-    B = A.new_empty(updates[0].shape[0], A.shape[0])  # (out, R)
-    start = 0
-    for update, coefficient in zip(updates, coefficients, strict=True):
-        torch.mul(update.B, coefficient * update.scale, out=B[:, start : start + update.rank])
-        start += update.rank
-    return LowRank(A, B)
+    B = torch.cat([update.B for update in updates], dim=1)  # (out, R)
+    factors = [c * update.scale for update, c in zip(updates, coefficients, strict=True) for _ in range(update.rank)]
+    return LowRank(A, B.mul_(torch.tensor(factors, dtype=torch.promote_types(B.dtype, torch.float32), device=B.device)))
 
 
 def zero(shape: tuple[int, int], rank: int = 0, dtype: torch.dtype = torch.float32) -> LowRank:

@@ -47,6 +47,9 @@ class Size:
             raise ConfigError(f"{' and '.join(given)}: a merge is compressed in one way, drop one")
 
 
+WHOLE = Size()
+
+
 @dataclass(frozen=True)
 class Merged:
     """The merged update of one module, and how far it is from what the method made."""
@@ -79,7 +82,7 @@ class Merge:
     dropped: tuple[str, ...]  # modules that not every adapter has, under merge_mode=common
     weights: tuple[float, ...]
     policy: LambdaPolicy | None = None
-    size: Size = Size()
+    size: Size = WHOLE
     grams: Grams = field(default_factory=dict)
     num_workers: int = 1
     as_factors: bool = False  # cut what is dense to Σ r_i where no size is given
@@ -90,7 +93,7 @@ class Merge:
         """The merged update of one module at the size asked for, but for a rank budget, which concerns all of them."""
         made = self._made(path)
         rank = self.size.rank
-        if self.size == Size() and self.as_factors and made.full_rank is None:
+        if self.size == WHOLE and self.as_factors and made.full_rank is None:
             rank = sum(each.updates[path].rank for each in self.adapters if path in each.updates)
         if rank is None and self.size.energy is None:
             return made
@@ -116,12 +119,10 @@ class Merge:
         updates: list[Update] = [
             each.updates[path].to(torch.float32) if path in each.updates else zero(shape) for each in self.adapters
         ]
-        site = Site(path, self.names, grams=self.grams.get(path, ()))
-        module = Module(site, updates, self.weights)
+        grams = self.grams.get(path, ())
         for transform, found in self.transforms:
-            surveyed = dataclasses.replace(module, site=dataclasses.replace(site, found=found))
-            module = dataclasses.replace(module, updates=transform(surveyed))
-        return dataclasses.replace(module, site=dataclasses.replace(site, found=self.found))
+            updates = transform(Module(Site(path, self.names, found, grams), updates, self.weights))
+        return Module(Site(path, self.names, self.found, grams), updates, self.weights)
 
     def _made(self, path: str) -> Merged:
         module = self.inputs(path)
@@ -189,7 +190,7 @@ def prepare(
         dropped=tuple(dropped),
         weights=tuple(adapter_weights(weights, names)),
         policy=policy,
-        size=size or Size(),
+        size=size or WHOLE,
         grams=grams or {},
         as_factors=as_factors,
         num_workers=default_num_workers() if num_workers is None else num_workers,
@@ -241,4 +242,5 @@ def _spectrum(update: Update, rank: int | None) -> Spectrum:
 
 def _cut(made: Merged, found: Spectrum, rank: int | None, energy: float | None) -> Merged:
     k = rank_for_energy(found.sigma, energy) if energy is not None else min(rank or 0, len(found.sigma))
-    return dataclasses.replace(made, update=found.truncated(k), error=found.error(k), norm=found.norm)
+    cut = found.truncated(k)
+    return Merged(made.path, cut, made.full_rank, found.error(k), found.norm, made.distance)
