@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,25 @@ import pyarrow.parquet
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 import tiny
 from catalog_cases import CASES
 from lorica import config, models, runs
+from lorica.adapters import injection
 from lorica.config import EvaluateConfig, TrainConfig
 from lorica.errors import ConfigError, DataError, UnknownNameError
 from lorica.evaluation.evaluate import evaluate
 from lorica.evaluation.predictions import write_predictions
 from lorica.models import Base
+from lorica.optim.backprop import backprop
 from lorica.runs.ready import train_as_of
-from lorica.tasks.base import Task
-from lorica.tasks.batching import collate
+from lorica.tasks.base import Task, TrainAs
+from lorica.tasks.batching import Batch, collate
 from lorica.tasks.objectives import LossModule
 from lorica.tasks.prompting import ask, encode, fields_of
 from lorica.tasks.sources import CATALOG, load_task
+from lorica.training.fit import MAX_STEPS, fit
 
 MAX_LENGTH = 300
 
@@ -85,7 +90,9 @@ def test_a_task_is_asked_as_the_field_asks_it(from_hub: Loader, name: str) -> No
 
 
 @every_task
-def test_a_task_is_read_trained_on_and_evaluated(from_hub: Loader, base: Base, name: str, tmp_path: Path) -> None:
+def test_a_task_is_read_trained_on_and_evaluated(
+    from_hub: Loader, base: Base, name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     task = from_hub(name)
     unlabelled = sum(row.get("label") == -1 or row.get("intent") == 150 for row in CASES[name].rows)
     num_rows = 5 * (len(CASES[name].rows) - unlabelled)
@@ -93,9 +100,9 @@ def test_a_task_is_read_trained_on_and_evaluated(from_hub: Loader, base: Base, n
     rows = encode(task, task.splits["test"], base.tokenizer, max_length=MAX_LENGTH)
     make_batch = partial(collate, pad_token_id=base.tokenizer.pad_token_id, max_length=MAX_LENGTH)
     train_as = train_as_of("auto", "loss", task)
-    weight = base.model.get_output_embeddings().weight.requires_grad_(True)
-    loss = LossModule(base.model, train_as)(make_batch(rows[:2], gold_only=train_as == "lm"))
-    assert math.isfinite(loss.item()) and float(torch.autograd.grad(loss, weight)[0].abs().sum()) > 0
+    live = injection.inject(base.model, tiny.adapter(base.model, models.target_modules(base, "standard")))
+    request.addfinalizer(lambda: injection.remove(live))
+    _assert_a_step_lowers_the_loss(base, live.trainable(), make_batch(rows[:2], gold_only=train_as == "lm"), train_as)
     found = evaluate(base.model, task, "test", rows, make_batch, batch_size=4, tokenizer=base.tokenizer)
     assert tuple(found.metrics) == task.metrics and {score.n for score in found.metrics.values()} == {num_rows}
     assert math.isfinite(found.loss) and found.num_truncated == 0
@@ -103,6 +110,24 @@ def test_a_task_is_read_trained_on_and_evaluated(from_hub: Loader, base: Base, n
     table = pyarrow.parquet.read_table(tmp_path / "predictions.parquet").to_pylist()
     assert [row["prediction"] for row in table] == list(found.answers or ())
     assert all(row["golds"] and row["prompt"] for row in table)
+
+
+def _assert_a_step_lowers_the_loss(
+    base: Base, trainable: Mapping[str, nn.Parameter], batch: Batch, train_as: TrainAs
+) -> None:
+    objective, steps = LossModule(base.model, train_as), []
+    reason = fit(
+        objective,
+        trainable,
+        itertools.repeat(batch),
+        estimator=backprop,
+        optimizer=torch.optim.SGD(trainable.values()),
+        learning_rate=lambda step: 1e-3,
+        num_steps=1,
+        on_step=steps.append,
+    )
+    with torch.no_grad():
+        assert reason == MAX_STEPS and 0 < float(objective(batch)) < steps[0].loss
 
 
 @every_task

@@ -96,6 +96,27 @@ def test_scores_of_a_batch_are_those_of_each_option_alone(load: Load, family: st
         assert_scores(objectives.scores(base.model, batch), reference(base, task))
 
 
+@answers
+@pytest.mark.parametrize("shared", [True, False], ids=["prompts read once", "a row an option"])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
+def test_padding_on_either_side_changes_no_score(
+    load: Load, family: str, padding_side: str, shared: bool, answers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts are padded on the left, and options that go on from them on the right, whichever the tokenizer says."""
+    base, task = load(family), choice(answers)
+    base.tokenizer.padding_side = padding_side
+    if not shared:
+        monkeypatch.setattr(batching, "_share_prompts", lambda rows, gold_only: False)
+    batch = collator(base)(encoded(base, task))
+    assert not batch.inputs["attention_mask"][:, 0].all() and batch.inputs["attention_mask"][:, -1].all()
+    assert ("continuation_mask" in batch.inputs) == (shared and answers != "one token")
+    if answers == "several tokens" and shared:
+        assert batch.inputs["continuation_mask"][:, -1].any() and not batch.inputs["continuation_mask"].all()
+    with torch.no_grad():
+        assert_scores(objectives.scores(base.model, batch), reference(base, task))
+
+
 @pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "t5", "bart"])
 def test_options_share_their_prompt_and_its_gradient(load: Load, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load(family)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import os
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
+from rich.console import Console
 
 from lorica import config, models, runs
-from lorica.config import EvaluateConfig
+from lorica.config import EvaluateConfig, TrainConfig
 from lorica.tasks.sources import CATALOG, load_task
 
 pytestmark = [
@@ -20,6 +24,10 @@ SHARED = Path(os.environ.get("LORICA_SHARED", "."))
 
 
 HERE = [name for name in CATALOG.names() if (SHARED / "data" / name).is_dir()]
+MODELS = {"choice": "tinystories3m_chat", "classification": "minilm"}
+WAYS = [
+    (name, kind) for name in HERE for kind in MODELS if kind == "choice" or CATALOG.load(name, "TASK").has_label_words
+]
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -39,6 +47,34 @@ def test_a_catalog_task_is_evaluated_on_its_real_data(name: str) -> None:
     found = runs.evaluate_target(None, config.read(EvaluateConfig, [*words, "task.num_eval=4", "eval_batch_size=2"]))
     assert {score.n for score in found.metrics.values()} == {4}
     assert found.answers is not None and len(found.answers) == 4 and math.isfinite(found.loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), WAYS)
+def test_a_run_of_one_step_scores_every_row_of_the_real_data(name: str, kind: str, tmp_path: Path) -> None:
+    """By prompt with the small causal model, by a head with the encoder: all of dev.jsonl, whichever split that is.
+
+    No warning is raised, and none is printed but of examples that were cut, which the evaluation counts.
+    """
+    folder, said = SHARED / "data" / name, io.StringIO()
+    split = "dev" if (folder / "test.jsonl").is_file() else "test"
+    words = [f"model={SHARED / 'models' / MODELS[kind]}", f"task={name}", f"task.path={folder}", f"eval_split={split}"]
+    small = ["max_steps=1", "batch_size=4", f"output_dir={tmp_path / 'run'}"]
+    trained = runs.train(config.read(TrainConfig, [*words, *small]), Console(file=said, soft_wrap=True))
+    found, num_rows = trained.evaluation, _num_examples(name, folder / "dev.jsonl")
+    assert {score.n for score in found.metrics.values()} == {num_rows} and math.isfinite(found.loss)
+    assert pyarrow.parquet.read_metadata(trained.run.predictions(split)).num_rows == num_rows
+    warnings = [line for line in said.getvalue().splitlines() if line.startswith("warning")]
+    assert all("examples were cut to" in line for line in warnings)
+    assert any(f"{found.num_truncated} of {num_rows} {split}" in line for line in warnings) == bool(found.num_truncated)
+
+
+def _num_examples(name: str, file: Path) -> int:
+    """A line is an example; of MultiRC, an answer is."""
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    if name != "multirc":
+        return len(rows)
+    return sum(len(question["answers"]) for row in rows for question in row["questions"])
 
 
 def test_a_tied_matrix_stored_once_under_its_second_name_loads() -> None:
