@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install peers demo test check format bench clean
+.PHONY: help install peers demo test test-browser check format bench clean
 
 help:  ## print this list
-	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: .venv/installed  ## create .venv and install lorica with its development tools
 
@@ -30,6 +30,12 @@ demo: install  ## train on the embedded model and tasks, print a table, leave an
 test: install  ## every test that needs neither a network nor a GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not shared"
 
+test-browser: install  ## look at a report in Chromium, which is installed where apt and root are at hand
+	command -v chromium >/dev/null || { apt-get update && apt-get install -y chromium; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	mkdir -p screenshots
+	LORICA_SCREENSHOTS=$(CURDIR)/screenshots $(BIN)/python -m pytest -q tests/test_report_browser.py
+
 check: install  ## lint, format and types
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/ruff format --check src tests benchmarks examples
@@ -51,7 +57,8 @@ bench: install peers  ## compare with peers side by side; needs LORICA_SHARED=fo
 	$(BIN)/python benchmarks/zo_step.py
 	$(BIN)/python benchmarks/evaluation_speed.py
 	$(BIN)/python benchmarks/evaluation_matrix.py
+	$(BIN)/python benchmarks/encoder_study.py
 	$(BIN)/python benchmarks/write_tables.py
 
 clean:  ## remove what was made here
-	rm -rf .venv .venv-mergekit .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out
+	rm -rf .venv .venv-mergekit .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_out screenshots

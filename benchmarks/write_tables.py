@@ -15,8 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorica.card import studies
+
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = tuple(ROOT / name for name in ("README.md", "docs/boosting.md", "docs/benchmarks.md", "docs/merging.md"))
+PAGES = tuple(
+    ROOT / name
+    for name in ("README.md", "docs/boosting.md", "docs/benchmarks.md", "docs/merging.md", "docs/studies.md")
+)
 BLOCK = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Record = dict[str, Any]
@@ -139,15 +144,19 @@ def _needed(forwards: float | None, of: int) -> str:
 def _evaluation_speed(record: Record) -> str:
     rows = [
         (
+            row["model"],
             f"{row['task']}, {row['tokens']:.0f} tokens, {row['options']:.0f} options",
+            row["threads"],
             f"{row['lorica_ms']:.1f} ms",
             f"{row['reference_ms']:.1f} ms",
             _spread(row, "speedup"),
+            f"{row['work']:.2f}",
             f"{row['difference']:.0e}",
         )
         for row in record["rows"]
     ]
-    return _markdown(("an example of", "lorica", "one option at a time", "ratio", "scores differ by"), rows)
+    head = ("model", "an example of", "threads", "lorica", "one option at a time", "ratio", "counted work")
+    return _markdown((*head, "scores differ by"), rows)
 
 
 def _evaluation_matrix(record: Record) -> str:
@@ -317,6 +326,13 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
+def _encoder_study(record: Record) -> str:
+    """As the study's own card has it."""
+    head, *rows = studies.table(record)
+    lines = [f"- {line}" for line in [*studies.verdicts(record), *studies.remarks(record)]]
+    return "\n".join([_markdown(head, rows), "", *lines])
+
+
 TABLES: dict[str, Callable[[Record], str]] = {
     "step_time": _step_time,
     "evaluation_speed": _evaluation_speed,
@@ -332,6 +348,7 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "merge_learned": _merge_learned,
     "coefficients_cost": _coefficients_cost,
     "sweep_cost": _sweep_cost,
+    "encoder_study": _encoder_study,
 }
 
 if __name__ == "__main__":

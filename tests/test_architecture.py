@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOMS = (
     *("errors", "randomness", "plugins", "files", "config", "results", "progress", "processes"),
-    *("adapters", "models", "planning", "tasks", "evaluation", "optim", "training", "studies"),
-    *("merging", "card", "runs", "demo", "tables", "cli", "__main__"),
+    *("adapters", "models", "planning", "tasks", "evaluation", "optim", "training", "studies", "analysis"),
+    *("merging", "card", "report", "runs", "demo", "tables", "cli", "__main__"),
 )
 PACKAGE = Path(__file__).parents[1] / "src" / "lorica"
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from lorica import config
-from lorica.config import FLAGS, EvaluateConfig, MergeConfig, SweepConfig, TrainConfig
+from lorica.config import FLAGS, CompareConfig, EvaluateConfig, MergeConfig, SweepConfig, TrainConfig
 from lorica.errors import ConfigError, LoricaError, MissingPathError, UnknownNameError
 
 
@@ -122,5 +122,7 @@ def test_shipped_configs_are_valid() -> None:
     assert shipped
     for path in shipped:
         of_merges = SweepConfig if "_sweep_" in path.name else MergeConfig
-        schema = of_merges if path.parent.name == "merge" else TrainConfig
-        assert isinstance(config.check(schema, config.read_yaml(path)), BaseModel)
+        tree = config.read_yaml(path)
+        of_runs = CompareConfig if "arms" in tree else TrainConfig
+        schema = of_merges if path.parent.name == "merge" else of_runs
+        assert isinstance(config.check(schema, tree), BaseModel)

@@ -34,7 +34,7 @@ from lorica.training import fit, sharding
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
-BASE = "model=demo batch_size=5 max_steps=40 learning_rate=1e-2 save_steps=8 eval_steps=10"
+BASE = "model=demo batch_size=5 max_steps=24 learning_rate=1e-2 save_steps=8 eval_steps=10"
 SIZES = "task.num_train=61 task.num_dev=20 task.num_eval=20"
 ZO = "trainer=zo zo.branches=1 zo.epsilon=1e-2"
 ADAPTIVE = (
@@ -186,21 +186,21 @@ def test_a_zeroth_order_step_exchanges_its_losses_once_and_nothing_else(
 
 
 def strays(patch: pytest.MonkeyPatch) -> None:
-    """Let one process's parameters go their own way at step 30, and be compared every 20."""
+    """Let one process's parameters go their own way at step 8, and be compared every 5."""
     original, num_steps = fit.apply, itertools.count(1)
 
     def apply(optimizer: Any, trainable: Any, *rest: Any) -> None:
         original(optimizer, trainable, *rest)
-        if next(num_steps) == 30 and os.environ["RANK"] == "1":
+        if next(num_steps) == 8 and os.environ["RANK"] == "1":
             next(iter(trainable.values())).data.view(-1)[0].add_(1e-6)
 
     patch.setattr(fit, "apply", apply)
-    patch.setattr(round_trainer, "SEGMENT", 20)
+    patch.setattr(round_trainer, "SEGMENT", 5)
 
 
 def test_drift_is_an_error_that_names_the_step(together: Pair, data: Path, tmp_path: Path) -> None:
-    found = together(words_for(data, tmp_path / "run", ZO, "max_steps=50"), strays)
-    assert all(each.startswith(f"{DriftError.__name__}: step 40: ") for each in found), found
+    found = together(words_for(data, tmp_path / "run", ZO, "max_steps=15 eval_steps=null"), strays)
+    assert all(each.startswith(f"{DriftError.__name__}: step 10: ") for each in found), found
 
 
 def is_stopped(patch: pytest.MonkeyPatch, rank: str, step: int) -> None:
@@ -215,20 +215,31 @@ def is_stopped(patch: pytest.MonkeyPatch, rank: str, step: int) -> None:
     patch.setattr(fit, "_told", told)
 
 
+@pytest.fixture(scope="module")
+def unbroken(together: Pair, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What the pair leaves of a run by these words that nothing stops; made when first asked for."""
+
+    @functools.cache
+    def folder(more: str) -> Path:
+        return Path(together(words_for(data, tmp_path_factory.mktemp("unbroken") / "run", more))[0])
+
+    return folder
+
+
 @pytest.mark.parametrize(("name", "rank"), [("spsa", "1"), ("adaptive", "0"), ("adaptive", "1")])
 def test_a_signal_to_any_stops_all_and_all_go_on(
-    together: Pair, data: Path, tmp_path: Path, name: str, rank: str
+    together: Pair, unbroken: Callable[[str], Path], data: Path, tmp_path: Path, name: str, rank: str
 ) -> None:
     more = f"{RUNS[name]} adapter.dropout=0.1" if name == "adaptive" else RUNS[name]
-    unbroken = Path(together(words_for(data, tmp_path / "unbroken", more))[0])
+    whole = unbroken(more)
     found = together(words_for(data, tmp_path / "run", more), functools.partial(is_stopped, rank=rank, step=19))
     stopped = f"{InterruptedRunError.__name__}: stopped at step "
     assert all(each.startswith(stopped) for each in found) and found[0] == found[1], found
     assert found[0].startswith((f"{stopped}19;", f"{stopped}20;"))
     run = Path(together([f"resume={tmp_path / 'run'}"])[0])
     for part in ("training_loss.jsonl", "eval_loss.jsonl"):
-        assert without_seconds(run, part) == without_seconds(unbroken, part)
-    contents = [(each / "adapter" / "adapter_model.safetensors").read_bytes() for each in (run, unbroken)]
+        assert without_seconds(run, part) == without_seconds(whole, part)
+    contents = [(each / "adapter" / "adapter_model.safetensors").read_bytes() for each in (run, whole)]
     assert contents[0] == contents[1]
     assert together([f"resume={run}"]) == [str(run), str(run)], "a finished run is left as it is"
 

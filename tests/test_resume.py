@@ -28,7 +28,7 @@ from lorica.training.interruption import Interruption
 BASE = {
     "model": "demo",
     "batch_size": "4",
-    "max_steps": "30",
+    "max_steps": "24",
     "save_steps": "4",
     "eval_steps": "10",
     "task.num_train": "64",
@@ -112,7 +112,7 @@ def test_a_run_killed_at_random_steps_ends_the_same(
 ) -> None:
     expected = reference(unbroken, data, tmp_path, kind, trainer)
     run = tmp_path / "run"
-    kills = sorted(random.Random(f"{kind} {trainer}").sample(range(1, 31), 5))
+    kills = sorted(random.Random(f"{kind} {trainer}").sample(range(1, 25), 5))
     words = words_for(data, run, kind, trainer)
     for kill in kills:
         with monkeypatch.context() as patch, pytest.raises(Killed):

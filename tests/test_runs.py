@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import tiny
 from lorica import cli, config, files, models, runs
 from lorica.adapters import peft_format
-from lorica.demo import command, language
+from lorica.demo import language
 from lorica.errors import LoricaError, NonFiniteLossError
 
 SHORT = (
@@ -246,12 +246,14 @@ def test_plan_counts_what_training_counts(tmp_path: Path) -> None:
     assert "8.00 kB" not in lorica("plan", "model=demo")
 
 
-def test_the_demo_runs_and_prints_its_folder_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    printed = lorica("demo", "steps=2", "spsa_steps=2", f"output_dir={tmp_path / 'demo'}")
-    assert printed.strip().splitlines()[-1] == str(tmp_path / "demo")
+def test_the_demo_runs_and_prints_its_report_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = lorica("demo", "steps=2", "comparison_steps=2", f"output_dir={tmp_path / 'demo'}")
+    assert printed.strip().splitlines()[-1] == str(tmp_path / "demo" / "report" / "index.html")
     assert "average of all four" in printed.replace("\n", " ") or "average" in printed
     trained = {each.parent.name for each in (tmp_path / "demo").glob("*/adapter")}
-    assert trained == {*(f"{task}-backprop" for task in language.TASKS), f"{command.BOTH_WAYS}-zo"}
+    assert trained == set(language.TASKS)
+    compared = {each.parts[-4] for each in (tmp_path / "demo" / "comparison" / "runs").glob("*/*/*/adapter")}
+    assert compared == {f"{kind}-by-{trainer}" for kind in ("lora", "xgblora") for trainer in ("backprop", "zo")}
 
 
 @pytest.mark.parametrize("trainer", ["backprop", "spsa"])

@@ -10,10 +10,12 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from lorica import files
 from lorica.runs.sweep_workers import colleagues
+from lorica.studies import children
 from lorica.studies.ledger import CLAIMS, TRIALS, Ledger
 from lorica.studies.search import Bayes, Grid, Trial
 from lorica.studies.space import Parameter, Space, key
@@ -100,38 +102,27 @@ def test_a_worker_that_dies_behind_its_line_leaves_nothing_to_repeat(tmp_path: P
         assert claim is not None and (claim.number, claim.point) == (1, {"a": 1})
 
 
-def test_a_colleague_that_fails_is_told_and_its_log_kept(tmp_path: Path) -> None:
+def test_a_colleague_that_fails_is_told_and_its_log_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "PROGRAM", ("-c", "import sys; print(*sys.argv[1:]); sys.exit(2)"))
     said = io.StringIO()
     with colleagues(tmp_path, 1, "cpu", Console(file=said, width=1000)):
         pass
     (log,) = tmp_path.glob("worker-*.log")
     assert "exit code 2" in said.getvalue() and str(log) in said.getvalue()
-    assert "is not a run folder" in log.read_text()
+    assert log.read_text() == f"sweep resume={tmp_path} device=cpu\n"
 
 
-LEADER = """
-import subprocess, sys, time
-from pathlib import Path
-from rich.console import Console
-from lorica.runs import sweep_workers
-def started(folder, device, log):
-    log.touch()
-    sleeping = subprocess.Popen(["sleep", "1000"])
-    print(sleeping.pid, flush=True)
-    return sleeping
-sweep_workers._started = started
-with sweep_workers.colleagues(Path(sys.argv[1]), 2, "cpu", Console()):
-    print("at work", flush=True)
-    time.sleep(1000)
-"""
+def test_sigterm_ends_the_colleagues_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "PROGRAM", ("-c", "import time; print('at work', flush=True); time.sleep(1000)"))
+    started: list[children.Child] = []
+    monkeypatch.setattr(children, "start", lambda *words, start=children.start, **more: noted(start(*words, **more)))
 
+    def noted(child: children.Child) -> children.Child:
+        started.append(child)
+        return child
 
-def test_sigterm_ends_the_colleagues_too(tmp_path: Path) -> None:
-    leader = subprocess.Popen([sys.executable, "-c", LEADER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert leader.stdout is not None
-    *pids, said = (leader.stdout.readline().strip() for _ in range(3))
-    assert said == "at work"
-    leader.send_signal(signal.SIGTERM)
-    leader.communicate()
-    assert leader.returncode == 128 + signal.SIGTERM
-    assert not any(Path("/proc", pid).exists() for pid in pids) and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as left, colleagues(tmp_path, 2, "cpu", Console()):
+        assert [child.poll() for child in started] == [None, None]
+        signal.raise_signal(signal.SIGTERM)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert [child.returncode for child in started] == [-signal.SIGTERM] * 2 and not list(tmp_path.iterdir())

@@ -22,6 +22,7 @@ from lorica.errors import ConfigError, LoricaError
 if TYPE_CHECKING:
     from lorica.runs import Trained
     from lorica.runs.merge import MergedRun
+    from lorica.runs.study import Studied
 
 app = typer.Typer(
     name="lorica",
@@ -77,7 +78,7 @@ def train(context: typer.Context) -> None:
     with _imports():
         from lorica import config, runs
 
-    trained = runs.train(config.read(config.TrainConfig, context.args), ERR)
+    trained = runs.train(config.read(config.TrainConfig, _of_mode("single", context.args)), ERR)
     _print_trained(trained)
 
 
@@ -211,15 +212,103 @@ def sweep(context: typer.Context) -> None:
     """Choose a merge's parameters: lorica sweep FILE.yaml --search-type grid --grid '{"lambda": [0, 0.5, 1]}'.
 
     Every point is judged on dev by what the merge keeps of each task; the winner is saved, and evaluated once on test.
-    lorica sweep resume=FOLDER goes on after a crash.
+    lorica sweep resume=FOLDER goes on after a crash. lorica sweep --task T --mode sweep: the rate of LoRA on a task.
     """
     with _imports():
         from lorica import config, runs, tables
 
+    words = _of_mode("sweep", context.args)
+    if words != context.args:
+        _print_study(runs.study(config.read(config.CompareConfig, words, config.LEARNING_RATE_SEARCH), ERR))
+        return
     done = runs.sweep(config.read(config.SweepConfig, context.args), ERR)
     for line in tables.sweep(done.summary):
         OUT.print(line, highlight=False, soft_wrap=isinstance(line, str))
     OUT.print(str(done.folder), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(context_settings=WORDS)
+def inspect(context: typer.Context) -> None:
+    """Say what adapters are made of: lorica inspect RUN_OR_ADAPTER ... --all energy_at=4 output_dir=DIR.
+
+    Trainable share, norms, singular values and ranks, booster by booster; of several, how they lie to each other.
+    """
+    with _imports():
+        from lorica import config, runs, tables
+
+    targets = _leading(context.args)
+    given = config.read(config.InspectConfig, context.args[len(targets) :])
+    found = runs.inspect(targets, given)
+    for line in tables.inspection(found, energy_at=given.energy_at, every_module=given.all):
+        OUT.print(line, highlight=False, soft_wrap=isinstance(line, str))
+    if found.folder is not None:
+        OUT.print(str(found.folder), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(context_settings=WORDS)
+def compare(context: typer.Context) -> None:
+    """Compare ways to train: lorica compare --arms lora full --tasks a b --seeds 0 1 2 max_steps=1000 model=M.
+
+    Every arm's learning rate is chosen on dev from one grid; differences are paired, with intervals, and told in words.
+    The same line again, or lorica compare resume=FOLDER, runs only what is missing.
+    """
+    with _imports():
+        from lorica import config, runs
+
+    _print_study(runs.study(config.read(config.CompareConfig, context.args), ERR))
+
+
+@app.command(context_settings=WORDS)
+def ablate(context: typer.Context) -> None:
+    """Vary one thing: lorica ablate --type rank|alpha|modules task=T model=M, or --grid '{"adapter.rank": [4, 8]}'."""
+    with _imports():
+        from lorica import config, runs
+
+    _print_study(runs.study(config.read(config.AblateConfig, _of_mode("ablation", context.args)), ERR))
+
+
+def _print_study(done: Studied) -> None:
+    from lorica import tables
+
+    for line in tables.study(done.outcome):
+        OUT.print(line, highlight=False, soft_wrap=isinstance(line, str))
+    OUT.print(str(done.folder), highlight=False, markup=False, soft_wrap=True)
+    failed = [each for each in done.outcome["runs"] if each["role"] == "final" and each["state"] != "finished"]
+    raise typer.Exit(1 if failed or not done.outcome["finished"] else 0)
+
+
+@app.command(context_settings=WORDS)
+def verify(context: typer.Context) -> None:
+    """Check an adapter on its base: lorica verify RUN_OR_ADAPTER --model M --speed; alone, one trained on the spot.
+
+    Exit code 0 if every check passed or was skipped with its reason, 1 if one failed.
+    """
+    with _imports():
+        from lorica import config, runs, tables
+        from lorica.demo import proof
+
+    targets = _leading(context.args)
+    if len(targets) > 1:
+        raise ConfigError(f"verify takes one run or adapter, and was given {len(targets)}: lorica verify RUN")
+    given = config.read(config.VerifyConfig, context.args[len(targets) :])
+    found = runs.verify(targets[0], given, ERR) if targets else proof.prove(given, ERR)
+    for line in tables.verification(found):
+        OUT.print(line, highlight=False, soft_wrap=isinstance(line, str))
+    raise typer.Exit(0 if found.passed else 1)
+
+
+@app.command(context_settings=WORDS)
+def report(context: typer.Context) -> None:
+    """Show finished work as one page: lorica report RUN STUDY SWEEP MERGE MATRIX ... output_dir=DIR.
+
+    Names folders that other commands left, or one that holds them; the page needs neither a network nor a server.
+    """
+    with _imports():
+        from lorica import config, runs
+
+    targets = _leading(context.args)
+    page = runs.report(targets, config.read(config.ReportConfig, context.args[len(targets) :]))
+    OUT.print(str(page), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(context_settings=WORDS)
@@ -268,6 +357,18 @@ def _leading(words: list[str]) -> list[str]:
         if "=" in word or word.startswith("--") or word.endswith((".yaml", ".yml")):
             return words[:index]
     return words
+
+
+def _of_mode(mode: str, words: list[str]) -> list[str]:
+    """The words without `--mode`, by which an older tool told its verbs apart. Raises ConfigError for another mode."""
+    if "--mode" not in words:
+        return words
+    at = words.index("--mode")
+    given = words[at + 1] if at + 1 < len(words) else ""
+    if given != mode:
+        verb = {"single": "train", "sweep": "sweep", "ablation": "ablate"}.get(given)
+        raise ConfigError(f"--mode {given} is " + (f"lorica {verb}" if verb else "none of single, sweep, ablation"))
+    return [*words[:at], *words[at + 2 :]]
 
 
 def _escaped(text: str) -> str:

@@ -7,9 +7,11 @@ and renamed whole. Records are appended as whole lines under a lock that the ker
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,7 +22,7 @@ import stat
 import time
 import unicodedata
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,6 +57,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, written atomically. NaN and infinity are refused: JSON has no word for them."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """The rows as CSV, written atomically; text that a spreadsheet would compute is marked as text by an apostrophe."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(head)
+    lines.writerows([_inert(value) for value in row] for row in rows)
+    write_atomic(path, text.getvalue())
+
+
+def _inert(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
 @contextlib.contextmanager

@@ -254,6 +254,15 @@ def fingerprint(base: Base) -> str:
     return digest.hexdigest()[:16]
 
 
+def checksum(base: Base) -> str:
+    """SHA-256 of every bit of the base's parameters and of their names, shapes and dtypes."""
+    digest = hashlib.sha256()
+    for name, parameter in base.model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def choose_device(device: str) -> str:
     """`auto` as the best device there is; anything else must be usable (ConfigError)."""
     if device == "auto":

@@ -6,6 +6,7 @@ parent holds `index.jsonl`, one line for each finished run.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -137,8 +138,8 @@ def origin(seed: int, device: str, places: Sequence[str] = ()) -> dict[str, Any]
 
 def _program() -> str:
     """What was typed to run this: the installed command, or a script by its name."""
-    name = Path(sys.argv[0]).name
-    return "lorica" if name in ("lorica", "cli.py", "") else f"python {Path(sys.argv[0]).parent.name}/{name}"
+    name, own = Path(sys.argv[0]).name, ("lorica", "cli.py", "__main__.py", "")
+    return "lorica" if name in own else f"python {Path(sys.argv[0]).parent.name}/{name}"
 
 
 def _without(words: Sequence[str], options: Sequence[str]) -> list[str]:
@@ -157,13 +158,31 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def finish(run: RunFolder, config: Mapping[str, Any], metrics: Mapping[str, Any], timing: Mapping[str, float]) -> None:
+def artifacts(folder: Path, base: str) -> dict[str, Any]:
+    """What tells whether a run's outcome and base are still what they were: SHA-256 of each file, and of the base."""
+    found = {}
+    for path in sorted(each for each in folder.iterdir() if each.is_file()):
+        with files.open_regular(path) as file:
+            found[f"{folder.name}/{path.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"base": base, "files": found}
+
+
+def finish(
+    run: RunFolder,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    timing: Mapping[str, float],
+    artifacts: Mapping[str, Any] | None = None,
+    efficiency: Mapping[str, Any] | None = None,
+) -> None:
     """Write the run's record, then its line in the index beside it: what the index names is complete."""
     record = {
         "config": config,
         "metrics": metrics,
         "origin": json.loads(run.origin.read_text("utf-8")),
         "timing": timing,
+        "efficiency": efficiency,
+        "artifacts": artifacts,
     }
     files.write_json(run.record, record)
     line = {"run": run.path.name, "finished": time.time(), "metrics": metrics, "timing": timing}

@@ -26,7 +26,18 @@ from lorica.errors import AdapterFormatError, ShapeError
 
 Profile = Literal["peft", "portable"]
 
-__all__ = ["CONFIG_FILE", "PREFIX", "WEIGHTS_FILE", "Profile", "Settings", "read", "settings", "write", "write_into"]
+__all__ = [
+    "CONFIG_FILE",
+    "PREFIX",
+    "WEIGHTS_FILE",
+    "Profile",
+    "Settings",
+    "as_stored",
+    "read",
+    "settings",
+    "write",
+    "write_into",
+]
 
 
 def read(folder: Path) -> Adapter:
@@ -35,6 +46,14 @@ def read(folder: Path) -> Adapter:
     Raises MissingPathError if a file is not there, AdapterFormatError for anything that cannot be read faithfully:
     the message names the file, the key and the reason.
     """
+    adapter = as_stored(folder)
+    if not adapter.is_finite():
+        raise AdapterFormatError(f"{folder / WEIGHTS_FILE} holds NaN or infinity")
+    return adapter
+
+
+def as_stored(folder: Path) -> Adapter:
+    """What `read` would read, NaN and infinity included, for those who look at what is wrong with it."""
     found = outline.contents(folder)
     tensors = outline.tensors_of(found.path)
     updates = {
@@ -44,10 +63,7 @@ def read(folder: Path) -> Adapter:
     heads: dict[str, Head] = {
         module: {part: tensors[key] for part, key in parts.items()} for module, parts in found.heads.items()
     }
-    adapter = Adapter(updates, heads, found.base_model)
-    if not adapter.is_finite():
-        raise AdapterFormatError(f"{found.path} holds NaN or infinity")
-    return adapter
+    return Adapter(updates, heads, found.base_model)
 
 
 @dataclass(frozen=True)

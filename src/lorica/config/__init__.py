@@ -11,7 +11,7 @@ from lorica.config.merging import (
     SweepConfig,
     TransformConfig,
 )
-from lorica.config.reading import check, documented, dump, keys, read, read_yaml
+from lorica.config.reading import check, documented, dump, keys, read, read_yaml, set_key
 from lorica.config.schema import (
     AdapterConfig,
     BoostingConfig,
@@ -21,17 +21,32 @@ from lorica.config.schema import (
     TrainConfig,
     ZerothOrderConfig,
 )
-from lorica.config.verbs import DemoConfig, EvaluateConfig, ExportConfig, PlanConfig, ReplayConfig
+from lorica.config.studies import LEARNING_RATE_SEARCH, AblateConfig, ArmConfig, CompareConfig, StudyConfig
+from lorica.config.verbs import (
+    DemoConfig,
+    EvaluateConfig,
+    ExportConfig,
+    InspectConfig,
+    PlanConfig,
+    ReplayConfig,
+    ReportConfig,
+    VerifyConfig,
+)
 
 __all__ = [
     "FLAGS",
+    "LEARNING_RATE_SEARCH",
+    "AblateConfig",
     "AdapterConfig",
+    "ArmConfig",
     "BoostingConfig",
+    "CompareConfig",
     "DemoConfig",
     "EvalSubsetConfig",
     "EvaluateConfig",
     "ExportConfig",
     "Flag",
+    "InspectConfig",
     "LambdaPolicyConfig",
     "MergeConfig",
     "ModelConfig",
@@ -39,11 +54,14 @@ __all__ = [
     "PlanConfig",
     "PrefixConfig",
     "ReplayConfig",
+    "ReportConfig",
     "SearchConfig",
+    "StudyConfig",
     "SweepConfig",
     "TaskConfig",
     "TrainConfig",
     "TransformConfig",
+    "VerifyConfig",
     "ZerothOrderConfig",
     "check",
     "documented",
@@ -52,4 +70,5 @@ __all__ = [
     "mezo",
     "read",
     "read_yaml",
+    "set_key",
 ]

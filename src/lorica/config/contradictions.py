@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 LOW_RANK = ("lora", "xgblora")  # the kinds of adapter that have factors
 STEPS = (
     *("optimizer", "learning_rate", "weight_decay", "max_grad_norm", "schedule", "warmup", "batch_size", "train_as"),
-    *("gradient_accumulation_steps", "max_steps", "num_epochs", "bucketing", "base_dropout", "eval_steps"),
-    "compile",
+    *("gradient_accumulation_steps", "max_steps", "num_epochs", "max_seconds", "bucketing", "base_dropout"),
+    *("eval_steps", "compile"),
 )  # keys of a training by steps
 
 
@@ -122,7 +122,7 @@ def of_no_trainer(cfg: TrainConfig) -> list[str]:
         ]
         return [mistake for made, mistake in rules if made]
     fields = type(cfg).model_fields
-    unused = [key for key in (*STEPS, "adapter", "save_steps") if getattr(cfg, key) != fields[key].default]
+    unused = [key for key in (*STEPS, "adapter", "save_steps", "trackers") if getattr(cfg, key) != fields[key].default]
     return [f"{key} is set, and trainer=none trains nothing: drop it" for key in unused]
 
 

@@ -41,7 +41,7 @@ def read(schema: type[AnyConfig], words: Sequence[str], beneath: Mapping[str, An
             raise ConfigError(f"{given[key][0]} and {source} contradict each other: both set {key}, drop one")
         given[key] = (source, value)
     for key, (_, value) in given.items():
-        _merge(tree, _nested(key, value))
+        set_key(tree, key, value)
     return check(schema, tree)
 
 
@@ -51,6 +51,11 @@ def check(schema: type[AnyConfig], tree: Any) -> AnyConfig:
         return schema.model_validate(tree)
     except ValidationError as error:
         raise _first_mistake(schema, error) from None
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Lay a dotted key's value over `tree`, nested dicts, as a word on the command line is laid over a YAML file."""
+    _merge(tree, _nested(key, value))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -74,7 +79,8 @@ def dump(config: Section) -> str:
 
 def keys(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     """Every dotted key of a schema, with its type: sections and leaves."""
-    found: dict[str, Any] = {}
+    beside = schema.also if issubclass(schema, Section) else None
+    found: dict[str, Any] = keys(beside, prefix) if beside else {}
     for name, field in schema.model_fields.items():
         section = _section_of(field.annotation)
         found[prefix + name] = bool if field.annotation is bool else field.annotation
@@ -110,7 +116,7 @@ def _assignments(schema: type[Section], words: Sequence[str]) -> Iterator[tuple[
         if word == "--config" and queue:
             word = queue.pop(0)
         if word.startswith("--"):
-            yield _flag(word, queue, known)
+            yield _flag(word, queue, known, {**FLAGS, **schema.flags})
         elif ASSIGNMENT.match(word):
             key, text = word.split("=", 1)
             yield word, _known(key, known), _value(text)
@@ -122,12 +128,14 @@ def _assignments(schema: type[Section], words: Sequence[str]) -> Iterator[tuple[
             raise ConfigError(f"cannot read {word!r}: give FILE.yaml, key=value or --flag VALUE")
 
 
-def _flag(word: str, queue: list[str], known: dict[str, Any]) -> tuple[str, str | None, Any]:
+def _flag(word: str, queue: list[str], known: dict[str, Any], flags: Mapping[str, Flag]) -> tuple[str, str | None, Any]:
     name, has_value, text = word.removeprefix("--").partition("=")
     name = name.replace("-", "_")
-    flag = FLAGS.get(name) or (Flag(name) if name in known else None)
+    flag = flags.get(name)
+    if (flag is None or not _is_known(flag.key, known)) and name in known:
+        flag = Flag(name)
     if flag is None or not _is_known(flag.key, known):
-        names = [each for each, flag in FLAGS.items() if _is_known(flag.key, known)]
+        names = [each for each, flag in flags.items() if _is_known(flag.key, known)]
         raise UnknownNameError(plugins.unknown("flag", f"--{name}", [f"--{each}" for each in (*names, *known)]))
     if _is_list(known.get(flag.key)) and not has_value:
         return word, flag.key, _next_values(word, queue)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 import lorica.config.contradictions as contradictions
 from lorica.config.contradictions import LOW_RANK, refuse_set
+from lorica.config.flags import Flag
 
 DEFAULT_RATES = {"lora": (1e-3, 1e-4), "full": (5e-5, 1e-6), "prefix": (1e-3, 1e-3)}  # by backprop, under zo
+MOST_STEPS = 1_000_000  # of a run whose length is a time
 RATE_OF_SEVERAL = 1e-3  # under zo, where the mean of several one-sided directions is taken
 
 
@@ -17,6 +20,8 @@ class Section(BaseModel):
     """A part of the schema: unknown keys are errors, values do not change after they were checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    also: ClassVar[type[Section] | None] = None  # whose keys may be given beside its own
+    flags: ClassVar[Mapping[str, Flag]] = {}  # older tools' flags that mean something else here
 
 
 class ModelConfig(Section):
@@ -152,6 +157,19 @@ class ZerothOrderConfig(Section):
     )
 
 
+class TrackingConfig(Section):
+    """What the trackers are told of where a run belongs."""
+
+    project: str = Field("lorica", min_length=1)
+    name: str | None = Field(None, min_length=1, description="None: the run folder's")
+    online: bool = Field(False, description="send it to the tracker's server; false: nothing leaves this machine")
+
+
+def one_or_more(value: Any) -> Any:
+    """`trackers: wandb` is short for `trackers: [wandb]`."""
+    return [value] if isinstance(value, str) else value
+
+
 def name_alone(value: Any) -> Any:
     """`task: sst2` is short for `task: {name: sst2}`, and so for every section with a name."""
     return {"name": value} if isinstance(value, str) else value
@@ -182,13 +200,18 @@ class TrainConfig(Section):
     )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm; None: no clipping")
-    schedule: Literal["constant", "linear", "cosine"] | None = Field(None, description="None: linear; zo constant")
+    schedule: Literal["constant", "linear", "cosine"] | None = Field(
+        None, description="None: linear; constant under zo or max_seconds"
+    )
     warmup: float = Field(0.0, ge=0, description="below 1 a fraction of the steps, from 1 on a number of steps")
     batch_size: int = Field(16, ge=1)
     eval_batch_size: int = Field(64, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=0)
     num_epochs: float | None = Field(None, gt=0)
+    max_seconds: float | None = Field(
+        None, gt=0, description="stop at the first step past so many seconds of training, wherever that is"
+    )
     bucketing: bool = Field(True, description="draw batches of similar lengths: less padding")
     base_dropout: bool = Field(False, description="keep the frozen base's own dropout on while training")
     compile: bool = Field(
@@ -197,6 +220,10 @@ class TrainConfig(Section):
     eval_steps: int | None = Field(None, ge=1, description="evaluate on dev every so many steps")
     eval_split: Literal["dev", "test"] = "test"
     logging_steps: int = Field(10, ge=1, description="how often a line is printed where there is no progress bar")
+    trackers: Annotated[list[str], BeforeValidator(one_or_more)] = Field(
+        [], description="who is told beside the run folder: tensorboard, trackio, wandb"
+    )
+    tracking: TrackingConfig = TrackingConfig()
     save_steps: int | None = Field(500, ge=1, description="a checkpoint every so many steps; null: none")
     seed: int = 0
     device: str = "auto"
@@ -222,6 +249,11 @@ class TrainConfig(Section):
     def _one_length(self) -> TrainConfig:
         if self.max_steps is not None and self.num_epochs is not None:
             raise ValueError("max_steps and num_epochs are both given: a run has one length, drop one of them")
+        if self.max_seconds is None or self.max_steps is not None or self.num_epochs is not None:
+            return self
+        if self.schedule in ("linear", "cosine") or 0 < self.warmup < 1:
+            key = f"warmup={self.warmup:g}" if 0 < self.warmup < 1 else f"schedule={self.schedule}"
+            raise ValueError(f"{key} is laid over a run's steps, whose number max_seconds leaves open: give max_steps")
         return self
 
     @model_validator(mode="after")
@@ -269,6 +301,12 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _tracking_is_used(self) -> TrainConfig:
+        if not self.trackers:
+            refuse_set(self.tracking, "tracking", "there is nobody to tell: add trackers=NAME, or drop it")
+        return self
+
+    @model_validator(mode="after")
     def _compiles(self) -> TrainConfig:
         mistakes = contradictions.of_compiling(self) if self.compile else []
         if mistakes:
@@ -293,13 +331,14 @@ class TrainConfig(Section):
         rate = DEFAULT_RATES.get(kind, DEFAULT_RATES["lora"])[zeroth_order]
         if zeroth_order and kind in LOW_RANK and self._estimator() == "one_sided":
             rate = RATE_OF_SEVERAL
-        steps = 1000 if self.max_steps is None and self.num_epochs is None else self.max_steps
+        steps = 1000 if self.max_seconds is None else MOST_STEPS
+        constant = zeroth_order or self.max_seconds is not None
         return self.model_copy(
             update={
                 "optimizer": self.optimizer or ("sgd" if zeroth_order else "adamw"),
-                "schedule": self.schedule or ("constant" if zeroth_order else "linear"),
+                "schedule": self.schedule or ("constant" if constant else "linear"),
                 "learning_rate": rate if self.learning_rate is None else self.learning_rate,
-                "max_steps": steps,
+                "max_steps": steps if self.max_steps is None and self.num_epochs is None else self.max_steps,
                 **(self._low_rank_sections() if kind in LOW_RANK else {}),
                 **(self._zeroth_order_sections() if zeroth_order else {}),
                 **(self._prefix_section() if kind == "prefix" else {}),

@@ -49,6 +49,34 @@ class EvaluateConfig(Section):
         return self
 
 
+class InspectConfig(Section):
+    """Everything `lorica inspect` takes beside the adapters."""
+
+    model: Annotated[ModelConfig | None, BeforeValidator(name_alone)] = Field(
+        None, description="whose share is told; None: the run's, or the one that the adapter names"
+    )
+    runs_dir: str = Field("runs", description="where names of runs and tasks are looked up")
+    energy_at: int = Field(4, ge=1, description="directions, of whose share of the energy the tables tell")
+    all: bool = Field(False, description="a row for every module, however many there are, and what its factors hold")
+    representations: bool = Field(False, description="of one run: how far its stages have moved the hidden states")
+    num_examples: int = Field(128, ge=2, description="dev examples of which hidden states are taken")
+    device: str = "auto"
+    output_dir: str | None = Field(None, description="a folder for the figures and hidden states; None: printed alone")
+
+
+class VerifyConfig(Section):
+    """Everything `lorica verify` takes beside the run or adapter."""
+
+    model: Annotated[ModelConfig | None, BeforeValidator(name_alone)] = Field(
+        None, description="the base; None: the run's, or the one that the adapter names"
+    )
+    max_trainable_share: float = Field(0.003, gt=0, description="of the base's parameters, heads not counted")
+    speed: bool = Field(False, description="time the adapter live against fused")
+    seed: int = Field(0, description="of tokens and labels that are drawn, and of a head that an adapter does not have")
+    output_dir: str | None = Field(None, description="a folder for verification.json; None: a run's own")
+    device: str = "auto"
+
+
 class PlanConfig(Section):
     """Everything `lorica plan` takes."""
 
@@ -78,13 +106,20 @@ class ReplayConfig(Section):
     device: str | None = Field(None, description="None: the run's own")
 
 
+class ReportConfig(Section):
+    """Everything `lorica report` takes beside the folders."""
+
+    output_dir: str | None = Field(None, description="None: report/ in the one folder, or a new one")
+    artifacts_dir: str = Field("artifacts", description="where a report on several folders goes without an output_dir")
+    title: str | None = Field(None, description="above the page; None: its first finding")
+
+
 class DemoConfig(Section):
     """Everything `lorica demo` takes."""
 
     output_dir: str | None = Field(None, description="None: a new folder under runs/")
     steps: int = Field(150, ge=1, description="steps by backprop, for each task")
-    spsa_steps: int = Field(2000, ge=1, description="steps by spsa, on the one task that is trained both ways")
+    comparison_steps: int = Field(150, ge=1, description="steps of each of the four ways that are compared")
     learning_rate: float = Field(1e-2, gt=0)
-    spsa_learning_rate: float = Field(1e-2, gt=0)
-    epsilon: float = Field(1e-3, gt=0)
+    zo_learning_rate: float = Field(0.1, gt=0, description="by zeroth order; twice this for boosters of rank 1")
     seed: int = 0

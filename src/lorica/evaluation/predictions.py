@@ -6,8 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lorica import files
+from lorica.evaluation.answers import ANSWER_METRICS
 from lorica.evaluation.evaluate import Evaluation, examples_of
+from lorica.evaluation.metrics import Array
 from lorica.tasks.base import Example, Task
 from lorica.tasks.prompting import Encoded, ask
 
@@ -45,3 +49,18 @@ def _rows(task: Task, rows: Sequence[Encoded], found: Evaluation) -> Iterator[di
 
 def _golds(example: Example, options: Sequence[str]) -> list[str]:
     return [", ".join(gold) for gold in example.golds] or [options[example.label]]
+
+
+def read_values(path: Path, metric: str) -> Array | None:
+    """(n,) what each example of a file that `write_predictions` wrote adds to the mean that `metric` is.
+
+    None for a metric that is no mean over examples.
+    """
+    import pyarrow.parquet
+
+    if metric != "accuracy" and metric not in ANSWER_METRICS:
+        return None
+    rows = pyarrow.parquet.read_table(path, columns=["prediction", "golds"]).to_pylist()
+    if metric == "accuracy":
+        return np.array([row["prediction"] in row["golds"] for row in rows], dtype=float)
+    return np.array([ANSWER_METRICS[metric](row["prediction"], [(gold,) for gold in row["golds"]]) for row in rows])

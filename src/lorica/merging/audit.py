@@ -17,9 +17,10 @@ from torch import Tensor
 from lorica.adapters.adapter import Adapter, aligned
 from lorica.adapters.compression import spectrum
 from lorica.adapters.delta import LowRank, combination, zero
+from lorica.analysis.conflict import inner_products
+from lorica.analysis.spectrum import directions
 from lorica.errors import ConfigError, ShapeError
 from lorica.merging.coefficients import adapter_weights
-from lorica.merging.geometry import directions, inner_products
 from lorica.merging.parallel import default_num_workers, ordered_map
 
 ROUNDING = 5e-3  # relative: what factors kept in bfloat16 are off by

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.delta import LowRank
+from lorica.analysis.spectrum import NEGLIGIBLE
 from lorica.errors import ShapeError
 from lorica.merging.method import Update
 
@@ -24,7 +25,6 @@ Space = Literal["full", "knots", "core"]
 Rule = Callable[[Tensor, int], Tensor]  # (T, rows, columns), number of the block -> (rows, columns)
 BLOCK_ENTRIES = 1 << 17  # of one adapter: a few of these fit into a core's cache
 SAMPLED_PARTS = 32
-NEGLIGIBLE = 1e-5  # of the largest singular value: below it a direction is the rounding of float32 factors
 
 
 class Coordinates(Protocol):

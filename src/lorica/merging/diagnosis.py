@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.adapter import Adapter, aligned
-from lorica.adapters.delta import LowRank, zero
+from lorica.adapters.delta import zero
+from lorica.analysis.conflict import Measured, Pair, measure, norms, pairs
+from lorica.analysis.spectrum import of_update
 from lorica.errors import ConfigError
-from lorica.merging.coordinates import coordinates
-from lorica.merging.geometry import directions, inner_products, overlaps
 from lorica.merging.parallel import default_num_workers, ordered_map
 
 SIGNED_ENTRIES = 1 << 24  # of each adapter: with more of them, rows are sampled
@@ -43,23 +43,6 @@ class Portrait:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two adapters: the cosine over all modules, the rest over the modules that both have."""
-
-    first: str
-    second: str
-    cosine: float  # 0 if one is zero
-    sign_conflict: float  # share of opposite signs among the entries where neither is zero; 0 if there is none
-    left_overlap: float  # of the column spaces, where updates write; mean over modules
-    right_overlap: float  # of the row spaces, what updates read
-
-    @property
-    def overlap(self) -> float:
-        """Of the side where they share less: an update meets another only where it reads and writes the same."""
-        return min(self.left_overlap, self.right_overlap)
-
-
-@dataclass(frozen=True)
 class Diagnosis:
     """Adapters by themselves and in pairs, and what follows for a merge."""
 
@@ -73,18 +56,6 @@ class Diagnosis:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Module:
-    """What one module adds, for T adapters; `both` and `opposite` count entries."""
-
-    inner: Tensor  # (T, T)
-    left: Tensor  # (T, T), NaN where one is zero
-    right: Tensor  # (T, T), likewise
-    both: Tensor  # (T, T)
-    opposite: Tensor  # (T, T)
-    effective_ranks: Tensor  # (T,), NaN where one is zero
-
-
 def diagnose(adapters: Mapping[str, Adapter], *, num_workers: int | None = None) -> Diagnosis:
     """Measure and compare; a module that an adapter does not have is zero there.
 
@@ -96,18 +67,19 @@ def diagnose(adapters: Mapping[str, Adapter], *, num_workers: int | None = None)
     shapes = {path: update.shape for adapter in adapters.values() for path, update in adapter.updates.items()}
     stride = max(1, -(-sum(map(math.prod, shapes.values())) // SIGNED_ENTRIES))
 
-    def measured(path: str) -> _Module:
+    def measured(path: str) -> tuple[Measured, list[float]]:
         updates = [adapter.updates.get(path) or zero(shapes[path]) for adapter in adapters.values()]
-        return _measured([update.to(torch.float32) for update in updates], stride)
+        single = [update.to(torch.float32) for update in updates]
+        return measure(single, stride), [of_update(each).effective_rank for each in single]
 
-    modules = list(ordered_map(measured, shapes, default_num_workers() if num_workers is None else num_workers))
-    inner = _total([each.inner for each in modules], len(adapters))
-    norms = inner.diagonal().clamp(min=0).sqrt()
-    alive = norms[norms > 0]
+    found = list(ordered_map(measured, shapes, default_num_workers() if num_workers is None else num_workers))
+    modules = [each for each, _ in found]
+    lengths = norms(modules, len(adapters))
+    alive = lengths[lengths > 0]
     imbalance = float(alive.max() / alive.min()) if len(alive) else 1.0
-    portraits = _portraits(adapters, norms, modules)
-    pairs = tuple(_pairs(list(adapters), inner, norms, modules))
-    return Diagnosis(portraits, pairs, imbalance, stride, advise(portraits, pairs, imbalance))
+    portraits = _portraits(adapters, lengths, [ranks for _, ranks in found])
+    between = tuple(pairs(list(adapters), modules))
+    return Diagnosis(portraits, between, imbalance, stride, advise(portraits, between, imbalance))
 
 
 def advise(adapters: Sequence[Portrait], pairs: Sequence[Pair], norm_imbalance: float) -> tuple[str, ...]:
@@ -180,73 +152,22 @@ def _of_orthogonal(adapters: Sequence[Portrait], pairs: Sequence[Pair], norm_imb
         )
 
 
-def _measured(updates: Sequence[LowRank], stride: int) -> _Module:
-    spaces = [directions(each) for each in updates]
-    both, opposite = _signs(updates, stride)
-    return _Module(
-        inner=inner_products(updates),
-        left=overlaps([U for U, _, _ in spaces]),
-        right=overlaps([V for _, _, V in spaces]),
-        both=both,
-        opposite=opposite,
-        effective_ranks=torch.stack([_effective_rank(sigma) for _, sigma, _ in spaces]),
-    )
-
-
-def _effective_rank(sigma: Tensor) -> Tensor:
-    """exp(H(σ / Σσ)) (Roy & Vetterli 2007); NaN without a direction."""
-    share = sigma / sigma.sum()
-    return torch.special.entr(share).sum().exp() if len(sigma) else torch.tensor(torch.nan, dtype=sigma.dtype)
-
-
-def _signs(updates: Sequence[LowRank], stride: int) -> tuple[Tensor, Tensor]:
-    """(T, T) float64 each: in how many entries neither is zero, and in how many of those the signs are opposite."""
-    step = min(stride, max(1, updates[0].shape[0]))
-    chosen = [LowRank(each.A, each.B[step - 1 :: step], each.scale) for each in updates]
-    both, difference = torch.zeros(2, len(updates), len(updates), dtype=torch.float64)
-    for block in coordinates(chosen, "full").blocks():
-        signs = block.flatten(1).sign()
-        present = signs.abs()
-        both += present @ present.T
-        difference += signs @ signs.T
-    return both, (both - difference) / 2
-
-
-def _portraits(adapters: Mapping[str, Adapter], norms: Tensor, modules: Sequence[_Module]) -> tuple[Portrait, ...]:
-    effective_ranks = _mean([each.effective_ranks for each in modules], (len(adapters),))
+def _portraits(
+    adapters: Mapping[str, Adapter], lengths: Tensor, effective_ranks: Sequence[Sequence[float]]
+) -> tuple[Portrait, ...]:
+    """`effective_ranks` has a row for each module and a column for each adapter."""
     return tuple(
         Portrait(
             name=name,
-            norm=float(norm),
+            norm=float(lengths[at]),
             ranks=tuple(sorted({update.rank for update in adapter.updates.values()})),
-            effective_rank=float(effective_rank),
+            effective_rank=_mean([ranks[at] for ranks in effective_ranks if ranks[at] > 0]),
             num_modules=len(adapter.updates),
             heads=tuple(adapter.heads),
         )
-        for (name, adapter), norm, effective_rank in zip(adapters.items(), norms, effective_ranks, strict=True)
+        for at, (name, adapter) in enumerate(adapters.items())
     )
 
 
-def _pairs(names: Sequence[str], inner: Tensor, norms: Tensor, modules: Sequence[_Module]) -> Iterator[Pair]:
-    size = len(names)
-    left, right = (_mean(each, (size, size)) for each in ([m.left for m in modules], [m.right for m in modules]))
-    both, opposite = (_total(each, size) for each in ([m.both for m in modules], [m.opposite for m in modules]))
-    for i, j in itertools.combinations(range(size), 2):
-        lengths = float(norms[i] * norms[j])
-        yield Pair(
-            first=names[i],
-            second=names[j],
-            cosine=max(-1.0, min(1.0, float(inner[i, j]) / lengths)) if lengths > 0 else 0.0,
-            sign_conflict=float(opposite[i, j] / both[i, j]) if both[i, j] > 0 else 0.0,
-            left_overlap=float(left[i, j]),
-            right_overlap=float(right[i, j]),
-        )
-
-
-def _total(found: list[Tensor], size: int) -> Tensor:
-    return torch.stack(found).sum(dim=0) if found else torch.zeros(size, size, dtype=torch.float64)
-
-
-def _mean(found: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Over the modules where there is a value; 0 where there is none."""
-    return torch.stack(found).nanmean(dim=0).nan_to_num() if found else torch.zeros(shape)
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.delta import LowRank
-from lorica.merging.coordinates import NEGLIGIBLE, factors
+from lorica.analysis.spectrum import NEGLIGIBLE
+from lorica.merging.coordinates import factors
 from lorica.merging.method import Update
 
 

@@ -65,13 +65,14 @@ def _named(name: str, own: Sequence[tuple[TaskConfig, Split]], changes: dict[str
     """The task of a name: read from the folder that `task.path` makes of it, else as a run has it, else as it is."""
     if "path" in changes:
         # The folder says what it is: its own description goes before the catalog's task of that name.
-        return TaskConfig(**{**changes, "path": _folder(name, changes["path"])}), "test"
+        return TaskConfig(**{**changes, "path": folder_of(name, changes["path"])}), "test"
     known = [each for each in own if task_name(each[0]).lower() == name.lower()]
     task, split = known[0] if known else (TaskConfig(name=name), "test")
     return task.model_copy(update=changes), split
 
 
-def _folder(name: str, pattern: str) -> str:
+def folder_of(name: str, pattern: str) -> str:
+    """The folder that `task.path` makes of a task's name. Raises MissingPathError, with the nearest."""
     path = Path(pattern.replace(PLACE, name))
     if path.is_dir():
         return str(path)

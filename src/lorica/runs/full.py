@@ -30,6 +30,9 @@ class Full:
     def told(self) -> list[str]:
         return [f"full by {self.learning.cfg.trainer}: all {_count(self.live):,} parameters trainable"]
 
+    def num_trainable(self) -> int:
+        return _count(self.live)
+
     def train(self, run: RunFolder, train_stretch: TrainStretch) -> ModelOutcome | None:
         model = self.learning.ready.base.model
         model.requires_grad_(self.learning.cfg.trainer == "backprop")

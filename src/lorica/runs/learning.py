@@ -27,6 +27,7 @@ from lorica.runs.prefix import PrefixTuning
 from lorica.runs.ready import Ready, chosen, train_as_of
 from lorica.runs.resuming import Resumed, differing
 from lorica.runs.round_trainer import RoundTrainer
+from lorica.runs.tracking import Tracking
 from lorica.runs.tuning import Outcome, RunUnderWay, Tuning
 from lorica.runs.xgblora import XGBLora
 from lorica.tasks.base import Split
@@ -36,8 +37,8 @@ from lorica.training import callbacks
 from lorica.training.decided import Decided
 from lorica.training.fit import Progress
 from lorica.training.interruption import Interruption
+from lorica.training.json_lines import JsonLines
 from lorica.training.sharding import shard
-from lorica.training.trackers import JsonLines
 
 NO_REPLAY = "a replay may differ from here on"
 Rows = dict[Split, list[Encoded]]
@@ -103,6 +104,10 @@ class Learning:
         return self.cfg.max_steps
 
     @property
+    def num_seconds(self) -> float:
+        return self.cfg.max_seconds or math.inf
+
+    @property
     def steps_per_epoch(self) -> int:
         return math.ceil(self.stream.batches_per_epoch / self.cfg.gradient_accumulation_steps)
 
@@ -111,7 +116,9 @@ class Learning:
         """Whether this process looks at dev and test: the first, or all where each holds a part of the base."""
         return self.processes.is_first or self.sharded
 
-    def run(self, run: RunFolder, resumed: Resumed, interruption: Interruption) -> Outcome:
+    def run(
+        self, run: RunFolder, resumed: Resumed, interruption: Interruption, tracking: Tracking | None = None
+    ) -> Outcome:
         """Train to the end; what was trained stays on the model. InterruptedRunError if a signal came."""
         self.progress, self.best_dev_loss = resumed.progress, resumed.best_dev_loss
         self.say.print(self._headline(), highlight=False, soft_wrap=True)
@@ -122,7 +129,7 @@ class Learning:
                 names: tuple[Name, ...] = ("base dropout", *self.processes.own_names)
                 torch.manual_seed(randomness.key(self.cfg.seed, *names) & 0xFFFF_FFFF)
             with self._watched(run) as watchers, self._logged(run) as log:
-                trainer = RoundTrainer(self, run, interruption, resumed, watchers, log)
+                trainer = RoundTrainer(self, run, interruption, resumed, watchers, log, tracking)
                 outcome = self.tuning.train(run, trainer)
                 trainer.note_rounds()
         if outcome is None:
@@ -186,7 +193,7 @@ class Learning:
 
 def config_identity(cfg: TrainConfig) -> dict[str, Any]:
     """Of a config, what decides the steps of a run."""
-    ignored = {"output_dir", "resume", "force", "device", "logging_steps", "save_steps"}
+    ignored = {"output_dir", "resume", "force", "device", "logging_steps", "save_steps", "trackers", "tracking"}
     return cfg.model_dump(mode="json", exclude=ignored)
 
 

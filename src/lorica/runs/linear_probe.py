@@ -41,8 +41,14 @@ class LinearProbe:
 
     def told(self) -> list[str]:
         layer = self.learning.ready.base.model.get_submodule(self.path)
-        count = sum(parameter.numel() for parameter in layer.parameters())
-        return [f"linear_probe: {self.path} on {layer.in_features} frozen features; {count:,} parameters are fitted"]
+        return [
+            f"linear_probe: {self.path} on {layer.in_features} frozen features; "
+            f"{self.num_trainable():,} parameters are fitted"
+        ]
+
+    def num_trainable(self) -> int:
+        layer = self.learning.ready.base.model.get_submodule(self.path)
+        return sum(parameter.numel() for parameter in layer.parameters())
 
     def train(self, run: RunFolder, train_stretch: TrainStretch) -> ProbeOutcome:
         """Fit; no steps are taken. The head is left on the model."""

@@ -44,6 +44,9 @@ class Lora:
     def told(self) -> list[str]:
         return told(self.learning, self.first)
 
+    def num_trainable(self) -> int:
+        return num_trainable(self.learning.cfg, self.first)
+
     def train(self, run: RunFolder, train_stretch: TrainStretch) -> AdapterOutcome | None:
         cfg = self.learning.cfg
         count_look(self.learning, self.look)
@@ -167,18 +170,23 @@ def factors(cfg: TrainConfig) -> Literal["both", "B"]:
     return "B" if "B" in (cfg.zo.train, cfg.boosting.train_factors) else "both"
 
 
+def num_trainable(cfg: TrainConfig, first: Adapter) -> int:
+    """How many of an adapter's numbers are trained."""
+    frozen = sum(update.A.numel() for update in first.updates.values()) if factors(cfg) == "B" else 0
+    return first.num_parameters() - frozen
+
+
 def told(learning: RunUnderWay, first: Adapter) -> list[str]:
     """What is trained of `first`, and what of its scale a person should know."""
     cfg = learning.cfg
     rank, alpha = cfg.adapter.rank, cfg.adapter.alpha
     assert rank is not None and alpha is not None
-    frozen = sum(update.A.numel() for update in first.updates.values()) if factors(cfg) == "B" else 0
-    count, scale = first.num_parameters() - frozen, alpha / rank
+    count, scale = num_trainable(cfg, first), alpha / rank
     total = sum(parameter.numel() for parameter in learning.ready.base.model.parameters())
     lines = [
         f"{cfg.adapter.kind} by {cfg.trainer}: rank {rank}, alpha {alpha:g}, scale {scale:g} on {len(first.updates)} "
         f"modules; {count:,} parameters trainable, {count / total:.2%} of the base's {total:,}"
-        + (f"; A stays as drawn ({init_of(cfg)})" if frozen else "")
+        + (f"; A stays as drawn ({init_of(cfg)})" if count < first.num_parameters() else "")
     ]
     if cfg.trainer == "zo" and cfg.zo.space == "parameter" and scale > 4:
         lines.append(

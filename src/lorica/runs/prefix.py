@@ -45,6 +45,12 @@ class PrefixTuning:
             f"{values.numel():,} numbers, begun from {begun}{network}"
         ]
 
+    def num_trainable(self) -> int:
+        if not self.learning.cfg.prefix.reparameterize:
+            return self.first.values.numel()
+        network = prefixes.Reparameterized(self.first.values, self.learning.cfg.seed)
+        return sum(parameter.numel() for parameter in network.parameters())
+
     def train(self, run: RunFolder, train_stretch: TrainStretch) -> PrefixOutcome | None:
         cfg, base = self.learning.cfg, self.learning.ready.base
         self.live = lay_on(base, self.first, reparameterize=bool(cfg.prefix.reparameterize), seed=cfg.seed)

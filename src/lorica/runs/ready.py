@@ -49,15 +49,7 @@ class Ready:
 
     def write(self, adapter: Adapter, folder: Path, *, profile: Profile, dropout: float) -> None:
         """The adapter as a PEFT folder for this base."""
-        peft_format.write(
-            adapter,
-            folder,
-            profile=profile,
-            layout=injection.linear_modules(self.base.model),
-            task_type=models.TASK_TYPES[self.base.kind],
-            dropout=dropout,
-            fan_in_fan_out=models.is_transposed(self.base, adapter.updates),
-        )
+        write_adapter(self.base, adapter, folder, profile=profile, dropout=dropout)
 
     def write_model(self, folder: Path) -> None:
         """The base model with its tokenizer, as it stands, as a transformers checkpoint."""
@@ -87,6 +79,19 @@ class Ready:
             max_length=self.max_length,
             decoder_start_token_id=self.base.model.config.decoder_start_token_id if self.is_encoder_decoder else None,
         )
+
+
+def write_adapter(base: Base, adapter: Adapter, folder: Path, *, profile: Profile, dropout: float = 0.0) -> None:
+    """An adapter for a base model as a PEFT folder."""
+    peft_format.write(
+        adapter,
+        folder,
+        profile=profile,
+        layout=injection.linear_modules(base.model),
+        task_type=models.TASK_TYPES[base.kind],
+        dropout=dropout,
+        fan_in_fan_out=models.is_transposed(base, adapter.updates),
+    )
 
 
 def prepare(model: ModelConfig, task: TaskConfig, device: str, seed: int, num_prefix: int = 0) -> Ready:

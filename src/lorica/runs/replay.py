@@ -175,7 +175,7 @@ def _learning(cfg: TrainConfig, log: Log, left: Left) -> Learning:
         raise DataError(f"the log's directions are {log.header.directions}, and the config's {drawn}: put that back")
     ready, rows = _with_examples(cfg) if cfg.adapter.init == "activations" else (_bare(cfg, log.header), [])
     num_steps = len(log.steps) + (left.folder is None)  # a run that went on had begun its next round
-    as_long = cfg.model_copy(update={"max_steps": num_steps, "num_epochs": None})
+    as_long = cfg.model_copy(update={"max_steps": num_steps, "num_epochs": None, "max_seconds": None})
     return Learning(
         as_long, ready, {"train": rows}, Console(quiet=True), decided=Decided(log.rounds), looked=log.looked
     )

@@ -19,15 +19,16 @@ from lorica.randomness import Name, torch_generator
 from lorica.results import RunFolder
 from lorica.runs.resuming import Resumed
 from lorica.runs.steps import AnyZerothOrder, optimizer_of, zeroth_order_of
+from lorica.runs.tracking import Tracking
 from lorica.runs.tuning import RunUnderWay
 from lorica.tasks.objectives import LossModule
 from lorica.training import callbacks, checkpoints
 from lorica.training.checkpoints import Snapshot
 from lorica.training.fit import Step, fit
 from lorica.training.interruption import Interruption
+from lorica.training.json_lines import JsonLines
 from lorica.training.loss_meter import LossMeter
 from lorica.training.stretch import INTERRUPTED, Stretch
-from lorica.training.trackers import JsonLines
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class RoundTrainer:
     resumed: Resumed
     watchers: list[callbacks.Watch]
     log: ReplayLog | None = None
+    tracking: Tracking | None = None
     owed: bool = False
     meter: LossMeter = field(init=False)
     probing: Probing = field(init=False)
@@ -99,6 +101,7 @@ class RoundTrainer:
             optimizer=held.optimizer,
             learning_rate=lambda step: learning.rate(step, round.first_step),
             num_steps=learning.num_steps,
+            num_seconds=learning.num_seconds,
             progress=learning.progress,
             batches_per_step=cfg.gradient_accumulation_steps,
             max_grad_norm=cfg.max_grad_norm,
@@ -112,7 +115,9 @@ class RoundTrainer:
         return BackpropTogether(together, None if self.learning.sharded else averaged(objective))
 
     def note_rounds(self) -> None:
-        """Write what was decided of the rounds that ended into the log, if it does not have it."""
+        """Tell the trackers of the rounds that ended, and write into the log what was decided of them."""
+        if self.tracking is not None:
+            self.tracking.rounds()
         if self.log is not None:
             for ended in self.learning.tuning.rounds()[self.log.num_rounds :]:
                 assert ended.kept_step is not None
@@ -129,11 +134,14 @@ class RoundTrainer:
             step = self._measured(step)
         for watcher in self.watchers:
             watcher(step)
+        if self.tracking is not None:
+            self.tracking.step(step, round.live)
         if self.learning.cfg.eval_steps and step.step % self.learning.cfg.eval_steps == 0:
             self._look_at_dev(step)
         every = self.learning.cfg.save_steps
         due = every is not None and step.step % every == 0
-        if reason is not None or step.step >= self.learning.num_steps:
+        is_last = step.step >= self.learning.num_steps or step.seconds >= self.learning.num_seconds
+        if reason is not None or is_last:
             self.owed = due
             return reason
         if due or self.interruption.signal:
@@ -173,6 +181,8 @@ class RoundTrainer:
         if not learning.processes.is_first:
             return
         callbacks.tell_evaluation(step, found, JsonLines(self.run.eval_loss), learning.say)
+        if self.tracking is not None:
+            self.tracking.evaluation(found, learning.tuning.as_it_stands())
         if learning.best_dev_loss is None or found.loss < learning.best_dev_loss:
             learning.best_dev_loss = found.loss
             now = learning.tuning.as_it_stands()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from rich.console import Console
+
+from lorica.studies import children
+from lorica.studies.children import Child
 
 
 @contextlib.contextmanager
@@ -26,19 +25,19 @@ def colleagues(folder: Path, num_colleagues: int, device: str, say: Console) -> 
         yield
         return
     logs = [folder / f"worker-{os.getpid()}-{number}.log" for number in range(1, num_colleagues + 1)]
-    started: list[subprocess.Popen[bytes]] = []
-    with _threads_shared(num_colleagues + 1), _ended_by_sigterm():
+    started: list[Child] = []
+    with _threads_shared(num_colleagues + 1), children.ended_by_sigterm():
         try:
             for log in logs:
                 started.append(_started(folder, device, log))
             yield
             codes = [each.wait() for each in started]
         except BaseException:
-            for each, log in zip(started, logs, strict=False):
-                each.terminate()
-                each.wait()
+            children.end(started)
+            for log in logs[: len(started)]:
                 log.unlink()
             raise
+        children.end(started)
     for code, log in zip(codes, logs, strict=True):
         if code:
             said = f"warning: a worker ended with exit code {code}, and the others took its trials over: see {log}"
@@ -47,11 +46,9 @@ def colleagues(folder: Path, num_colleagues: int, device: str, say: Console) -> 
             log.unlink()
 
 
-def _started(folder: Path, device: str, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "lorica.cli", "sweep", f"resume={folder}", f"device={device}"]
+def _started(folder: Path, device: str, log: Path) -> Child:
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with open(log, "xb") as said:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=os.environ | threads)
+    return children.start(["sweep", f"resume={folder}", f"device={device}"], log, environment=threads)
 
 
 @contextlib.contextmanager
@@ -62,21 +59,3 @@ def _threads_shared(num_processes: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM as an exit by which the block is cleaned up; it would end the process where it stands."""
-    try:
-        before = signal.signal(signal.SIGTERM, _leave)
-    except ValueError:  # only the main thread may set handlers; elsewhere the signal keeps its meaning
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _leave(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lorica import config, files, models, plugins, results
-from lorica.adapters import injection, peft_format
+from lorica.adapters import injection, outline, peft_format
 from lorica.adapters import prefix as prefixes
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.prefix import Prefix
@@ -169,7 +169,7 @@ def _base_of(folder: Path) -> str:
     """The base model that an adapter, or a dense merge, says it is for."""
     if not _is_adapter(folder):
         return str(files.read_json(folder / METADATA)["sources"][0]["base_model"])
-    name = (prefixes.read(folder) if prefixes.is_prefix(folder) else peft_format.read(folder)).base_model
+    name = (prefixes.read(folder) if prefixes.is_prefix(folder) else outline.contents(folder)).base_model
     if not name:
         raise ConfigError(f"adapter {str(folder)!r} does not say which base model it is for: give model=NAME")
     return name

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from lorica import card, config, files, processes, results
+from lorica import card, config, files, models, processes, results
 from lorica.config import TrainConfig
 from lorica.config.contradictions import LOW_RANK
 from lorica.errors import ConfigError
@@ -20,10 +22,12 @@ from lorica.optim import compiled
 from lorica.optim.backprop import accelerator
 from lorica.processes import Processes
 from lorica.results import RunFolder
+from lorica.runs.efficiency import efficiency, forget_peak, peak_bytes
 from lorica.runs.in_context import evaluate_in_context
 from lorica.runs.learning import Learning, encode_splits, warn_of_truncation
 from lorica.runs.ready import prepare
 from lorica.runs.resuming import Resumed, resume_from, start_over
+from lorica.runs.tracking import Tracking, check, tracked
 from lorica.runs.tuning import Outcome
 from lorica.training import sharding
 from lorica.training.interruption import Interruption
@@ -105,8 +109,13 @@ def _resumed(given: TrainConfig, run: RunFolder, together: Processes, say: Conso
 def _prepared(cfg: TrainConfig, together: Processes, say: Console) -> Learning:
     """Everything that can be refused is refused here, before there is a run folder."""
     sharded = together.num > 1 and _is_sharded(cfg, together.num)
+    if cfg.max_seconds is not None and together.num > 1:
+        raise ConfigError(
+            f"max_seconds={cfg.max_seconds:g} would end {together.num} processes at different steps: give max_steps"
+        )
     if cfg.compile:
         compiled.check_compiler()
+    check(cfg.trackers)
     ready = prepare(cfg.model, cfg.task, cfg.device, cfg.seed, num_prefix=cfg.num_prefix)
     rows = encode_splits(cfg, ready)
     warn_of_truncation(rows, ready.max_length, say)
@@ -141,18 +150,35 @@ def _is_sharded(cfg: TrainConfig, num_processes: int) -> bool:
 
 
 def _completed(learning: Learning, run: RunFolder, resumed: Resumed) -> Trained:
-    """Train from where the run stands, write the adapter, evaluate it, leave the record."""
-    begin, cfg = time.monotonic(), learning.cfg
+    """Go on from where the run stands to its record, before the eyes of its trackers."""
+    with tracked(learning, run, resumed.progress.step) as tracking:
+        return _trained(learning, run, resumed, tracking)
+
+
+def _trained(learning: Learning, run: RunFolder, resumed: Resumed, tracking: Tracking | None) -> Trained:
+    """Train, write the adapter, evaluate it, leave the record."""
+    begin, cfg = time.monotonic() - resumed.progress.seconds, learning.cfg
+    base = models.checksum(learning.ready.base) if learning.processes.is_first else ""  # nothing is laid on it yet
+    num_parameters = sum(parameter.numel() for parameter in learning.ready.base.model.parameters())
+    forget_peak(learning.ready.device)
     with Interruption(learning.processes) as interruption:
-        outcome = learning.run(run, resumed, interruption)
+        outcome = learning.run(run, resumed, interruption, tracking)
+    peak = peak_bytes(learning.ready.device)
     if learning.processes.is_first:
         outcome.write(run.outcome(outcome.place))
     trained = None
     if learning.evaluates:
         found = learning.ready.evaluated(cfg.eval_split, learning.rows[cfg.eval_split], cfg.eval_batch_size)
         trained = Trained(run, found, time.monotonic() - begin)
+        if tracking is not None:
+            tracking.evaluation(found, outcome)
     if learning.processes.is_first and trained is not None:
-        _leave_record(learning, outcome, trained)
+        parts = {
+            "timing": {"seconds": trained.seconds, "peak_bytes": peak},
+            "efficiency": efficiency(learning, num_parameters, run, outcome),
+            "artifacts": results.artifacts(run.outcome(outcome.place), base),
+        }
+        _leave_record(learning, outcome, trained, parts)
     return learning.processes.of_first(trained)  # type: ignore[return-value]
 
 
@@ -165,7 +191,9 @@ def _finished(run: RunFolder, say: Console) -> Trained | None:
     return Trained(run, Evaluation.of_record(files.read_json(run.evaluation(cfg.eval_split))), 0.0)
 
 
-def _leave_record(learning: Learning, outcome: Outcome, trained: Trained) -> None:
+def _leave_record(
+    learning: Learning, outcome: Outcome, trained: Trained, parts: Mapping[str, Mapping[str, Any]]
+) -> None:
     cfg, ready, run, found = learning.cfg, learning.ready, trained.run, trained.evaluation
     files.write_json(run.evaluation(found.split), found.as_record())
     write_predictions(run.predictions(found.split), ready.task, learning.rows[found.split], found)
@@ -185,4 +213,4 @@ def _leave_record(learning: Learning, outcome: Outcome, trained: Trained) -> Non
     files.write_atomic(run.card, text)
     files.write_json(run.trainer_state, learning.trainer_state())
     metrics = {f"{found.split}_{name}": score.value for name, score in found.metrics.items()}
-    results.finish(run, cfg.model_dump(mode="json"), metrics, {"seconds": trained.seconds})
+    results.finish(run, cfg.model_dump(mode="json"), metrics, **parts)

@@ -46,6 +46,9 @@ class RunUnderWay(Protocol):
     def num_steps(self) -> int: ...
 
     @property
+    def num_seconds(self) -> float: ...
+
+    @property
     def steps_per_epoch(self) -> int: ...
 
     @property
@@ -73,6 +76,9 @@ class Tuning(Protocol):
 
     def told(self) -> list[str]:
         """Lines for the person who starts the run."""
+
+    def num_trainable(self) -> int:
+        """How many numbers are trained at once."""
 
     def train(self, run: RunFolder, train_stretch: TrainStretch) -> Outcome | None:
         """Train to the run's last step and leave the outcome on the model; None if the training was interrupted."""

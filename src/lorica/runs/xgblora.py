@@ -47,6 +47,9 @@ class XGBLora:
         first, *warnings = lora.told(self.learning, self.first)
         return [first, f"rounds: {self.rule().described()}{judged}", *warnings]
 
+    def num_trainable(self) -> int:
+        return lora.num_trainable(self.learning.cfg, self.first)
+
     def train(self, run: RunFolder, train_stretch: TrainStretch) -> AdapterOutcome | None:
         learning, cfg, boosting = self.learning, self.learning.cfg, self.learning.cfg.boosting
         model = learning.ready.base.model
@@ -67,6 +70,7 @@ class XGBLora:
             new_booster=self.new_booster,
             train_round=train_round,
             num_steps=learning.num_steps,
+            num_seconds=learning.num_seconds,
             progress=learning.progress,
             shrinkage=boosting.shrinkage,
             dropout=cfg.adapter.dropout,

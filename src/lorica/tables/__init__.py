@@ -2,13 +2,17 @@
 
 from lorica.tables.catalogues import LISTS, listing
 from lorica.tables.evaluation import evaluations, matrix
+from lorica.tables.inspection import inspection
 from lorica.tables.merging import merge_audit, merge_diagnosis, merge_plan, merged
+from lorica.tables.studies import study
 from lorica.tables.sweeps import sweep
 from lorica.tables.training import plan
+from lorica.tables.verification import verification
 
 __all__ = [
     "LISTS",
     "evaluations",
+    "inspection",
     "listing",
     "matrix",
     "merge_audit",
@@ -16,5 +20,7 @@ __all__ = [
     "merge_plan",
     "merged",
     "plan",
+    "study",
     "sweep",
+    "verification",
 ]

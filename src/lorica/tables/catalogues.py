@@ -29,15 +29,24 @@ def listing(what: str) -> Table:
         learners.caption = "the options that they share (variant, steps, learning_rate, ...) are in docs/merging.md"
         return learners
     if what == "flags":
-        return columns(("flag", "sets"), [(f"--{name}", _meaning(flag)) for name, flag in config.FLAGS.items()])
+        studies: dict[str, type[config.StudyConfig]] = {"compare": config.CompareConfig, "ablate": config.AblateConfig}
+        own = {f"{name} ({verb})": flag for verb, schema in studies.items() for name, flag in schema.flags.items()}
+        flags = {**config.FLAGS, **own}
+        return columns(("flag", "sets"), [(f"--{name}", _meaning(flag)) for name, flag in flags.items()])
     if what == "keys":
         of_merges = config.documented(config.MergeConfig)
         merging = [(key, default, f"merge: {meaning}") for key, default, meaning in of_merges]
         of_sweeps = [row for row in config.documented(config.SweepConfig) if row not in of_merges]
         sweeping = [(key, default, f"sweep: {meaning}") for key, default, meaning in of_sweeps]
-        rows = [*config.documented(config.TrainConfig), *merging, *sweeping]
+        studying = [(key, default, f"compare: {meaning}") for key, default, meaning in _own_of_studies()]
+        rows = [*config.documented(config.TrainConfig), *merging, *sweeping, *studying]
         return columns(("key", "default", "meaning"), rows)
     raise UnknownNameError(plugins.unknown("list", what, LISTS))
+
+
+def _own_of_studies() -> list[tuple[str, str, str]]:
+    """The keys of both kinds of study, each once."""
+    return list(dict.fromkeys([*config.documented(config.CompareConfig), *config.documented(config.AblateConfig)]))
 
 
 def _plugins(catalogue: Catalogue, function: str) -> Table:

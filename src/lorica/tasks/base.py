@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -140,7 +141,7 @@ class Task:
     max_new_tokens: int = 0
     sfc: bool = False
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of every example and what is right of it: two tasks with one fingerprint hold the same data."""
         digest = hashlib.sha256(json.dumps(self.labels).encode())

@@ -5,6 +5,7 @@ Train a booster; judge it; lay it on the base, or roll back; note it in the ledg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -133,6 +134,7 @@ def boost(
     new_booster: Callable[[int], Adapter],
     train_round: TrainRound,
     num_steps: int,
+    num_seconds: float = math.inf,
     progress: Progress,
     shrinkage: float = 1.0,
     dropout: float = 0.0,
@@ -141,14 +143,15 @@ def boost(
     resumed: Callable[[Round], None] | None = None,
     on_round: Callable[[Entry], None] = lambda entry: None,
 ) -> bool:
-    """Boost from `progress` to step `num_steps`; the ledger holds every round, the foundation what was laid on.
+    """Boost from `progress` to step `num_steps`, or past `num_seconds` of training.
 
+    The ledger holds every round, the foundation what was laid on.
     `new_booster(k)` gives round k's first factors and heads; `resumed` puts a kept state into the first round. A
     round's best booster is taken where the rule rolls back; with a `judge` it is laid on only if that accepts it.
     Returns whether the run came to its end; an interrupted one is left inside a round.
     """
     foundation.lay_on(ledger.chain())
-    while progress.step < num_steps:
+    while progress.step < num_steps and progress.seconds < num_seconds:
         number = len(ledger.boosters)
         start = new_booster(number)
         live = injection.inject(foundation.model, start, dropout)

@@ -11,7 +11,7 @@ from rich.console import Console
 from lorica.evaluation.evaluate import Evaluation
 from lorica.progress import bar
 from lorica.training.fit import Step
-from lorica.training.trackers import JsonLines
+from lorica.training.json_lines import JsonLines
 
 Watch = Callable[[Step], None]
 

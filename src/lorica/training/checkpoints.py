@@ -57,10 +57,19 @@ def newest_checkpoint(folder: Path) -> tuple[Snapshot | None, list[str]]:
     for path in _by_step(folder):
         fault = _fault(path)
         if fault is None:
-            values = json.loads((path / VALUES).read_text("utf-8"))
-            return Snapshot(values.pop("step"), load_file(path / TENSORS), values), skipped
+            return _read(path), skipped
         skipped.append(f"{path.name}: {fault}")
     return None, skipped
+
+
+def whole_checkpoints(folder: Path) -> list[Snapshot]:
+    """Every checkpoint whose files match their manifest, by rising step."""
+    return [_read(path) for path in reversed(_by_step(folder)) if _fault(path) is None]
+
+
+def _read(path: Path) -> Snapshot:
+    values = json.loads((path / VALUES).read_text("utf-8"))
+    return Snapshot(values.pop("step"), load_file(path / TENSORS), values)
 
 
 def _by_step(folder: Path) -> list[Path]:

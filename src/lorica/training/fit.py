@@ -62,6 +62,7 @@ def fit(
     optimizer: torch.optim.Optimizer,
     learning_rate: Callable[[int], float],
     num_steps: int,
+    num_seconds: float = math.inf,
     progress: Progress | None = None,
     batches_per_step: int = 1,
     max_grad_norm: float | None = None,
@@ -69,13 +70,15 @@ def fit(
 ) -> str:
     """Train from `progress` to step `num_steps`, or until `on_step` returns a reason to stop; returns the reason.
 
+    The first step that ends past `num_seconds` of training, those before `progress` among them, is the last one too.
+
     `learning_rate` gives the rate of each step from 0 on. A step whose loss or gradient is not finite is not applied,
     and is told to `on_step` as such; NonFiniteLossError ends the run after 10 of them in a row, or when they are more
     than 5 % of at least 200 steps. Directions that a zeroth-order estimate had to leave out are counted.
     """
     progress = progress if progress is not None else Progress()
     begin = time.monotonic() - progress.seconds
-    while progress.step < num_steps:
+    while progress.step < num_steps and progress.seconds < num_seconds:
         rate = learning_rate(progress.step)
         taken = [next(batches) for _ in range(batches_per_step)]
         estimate = estimator(objective, trainable, taken, progress.step)

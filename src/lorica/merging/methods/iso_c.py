@@ -12,7 +12,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from lorica.adapters.delta import LowRank, combination
-from lorica.merging.geometry import directions
+from lorica.analysis.spectrum import directions
 from lorica.merging.method import Site, Update
 from lorica.merging.subspace import product, weighted
 

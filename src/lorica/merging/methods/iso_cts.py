@@ -15,8 +15,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from lorica.adapters.delta import LowRank, combination
-from lorica.merging.coordinates import NEGLIGIBLE
-from lorica.merging.geometry import directions
+from lorica.analysis.spectrum import NEGLIGIBLE, directions
 from lorica.merging.method import Site, Update
 from lorica.merging.subspace import polar, product, weighted
 

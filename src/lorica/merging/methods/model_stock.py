@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from lorica.adapters.delta import LowRank
-from lorica.merging.coordinates import NEGLIGIBLE, factors
+from lorica.analysis.spectrum import NEGLIGIBLE
+from lorica.merging.coordinates import factors
 from lorica.merging.linear import combination
 from lorica.merging.method import Site, Update
 

@@ -12,7 +12,8 @@ from typing import Annotated
 from annotated_types import Ge, Le
 
 from lorica.adapters.delta import LowRank
-from lorica.merging.coordinates import NEGLIGIBLE, factors
+from lorica.analysis.spectrum import NEGLIGIBLE
+from lorica.merging.coordinates import factors
 from lorica.merging.linear import combination
 from lorica.merging.method import Site, Update
 

@@ -13,7 +13,7 @@ import torch
 from annotated_types import Ge
 
 from lorica.adapters.delta import LowRank
-from lorica.merging.geometry import directions
+from lorica.analysis.spectrum import directions
 from lorica.merging.method import Site, Update
 from lorica.merging.subspace import weighted
 

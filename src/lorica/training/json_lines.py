@@ -1,4 +1,4 @@
-"""Where the numbers of a run go while it runs."""
+"""The run folder's own lines: where the numbers of every run go while it runs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,120 @@
+"""The card of a study: its question, what the arms came to, and what that shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Study = Mapping[str, Any]
+
+TEMPLATE = """# {title}
+
+{num_runs} runs under one budget of {amount:g} {unit} each; {rates}
+
+{table}
+
+{verdicts}
+
+Means over seeds {seeds}, with 95 % intervals over seeds and test examples. Memory and seconds are medians of what the
+runs took on the machine that ran them. Every run is a folder of its own under `runs/`, `study.json` has every figure,
+`study.csv` a line for each run, `{figure}` the losses.
+
+```sh
+{command}
+```
+"""
+
+
+def study_card(study: Study, command: str, figure: str) -> str:
+    """The README of a study's folder, as Markdown; every figure comes from `study`, the content of study.json."""
+    head, *rows = table(study)
+    lines = [f"| {' | '.join(map(_plain, row))} |" for row in (head, ["---"] * len(head), *rows)]
+    return TEMPLATE.format(
+        title=_plain(study["title"]),
+        num_runs=len(study["runs"]),
+        amount=study["budget"]["amount"],
+        unit=study["budget"]["unit"],
+        rates=_rates(study) + ("" if study["finished"] else " It is not finished."),
+        table="\n".join(lines),
+        verdicts="\n".join(f"- {_plain(each)}" for each in [*verdicts(study), *remarks(study)]),
+        seeds=", ".join(map(str, study["seeds"])),
+        command=command,
+        figure=figure,
+    )
+
+
+def table(study: Study) -> list[list[str]]:
+    """The head, and a row for each arm on each task."""
+    head = ["task", "arm", "rate", "metric", "mean, 95 %", "trainable", "memory", "seconds", "forwards"]
+    rows = sorted(study["cells"], key=lambda each: study["tasks"].index(each["task"]))
+    return [head, *(_row(each) for each in rows)]
+
+
+def verdicts(study: Study) -> list[str]:
+    """What each difference shows, in words."""
+    return [_verdict(each) for each in study["differences"]]
+
+
+def remarks(study: Study) -> list[str]:
+    """What a reader must know of the runs: rates at an edge of their grid, and what failed."""
+    return [*_edges(study), *_failures(study["runs"])]
+
+
+def _row(cell: Mapping[str, Any]) -> list[str]:
+    score = "–" if cell["mean"] is None else f"{cell['mean']:.3f}"
+    if cell["low"] is not None:
+        score += f" ± {cell['high'] - cell['mean']:.3f}"
+    if cell["diverged"]:
+        score += f", {cell['diverged']} diverged"
+    trainable = _known(cell["num_trainable"], lambda count: f"{count / cell['num_parameters']:.3%}")
+    return [
+        *(cell["task"], cell["arm"], _known(cell["learning_rate"], lambda rate: f"{rate:g}"), cell["metric"] or "–"),
+        *(score, trainable, _known(cell["peak_bytes"], lambda size: f"{size / 1e6:,.0f} MB")),
+        *(_known(cell["seconds"], lambda seconds: f"{seconds:.1f}"), _known(cell["forwards"], lambda n: f"{n:,}")),
+    ]
+
+
+def _known(value: Any, told: Any) -> str:
+    return "–" if value is None else str(told(value))
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    where = "all tasks together" if found["task"] is None else found["task"]
+    pair = f"{found['arm']} against {found['against']} on {where}: {found['verdict']}"
+    if found["mean"] is None:
+        return f"{pair}, for no pair of runs has finished"
+    if found["low"] is None:
+        return f"{pair}; {100 * found['mean']:+.2f} points in the one pair that has finished"
+    points = f"{100 * found['mean']:+.2f} points, 95 % {100 * found['low']:+.2f} to {100 * found['high']:+.2f}"
+    return f"{pair}; {points} ({found['num_pairs']} pairs)"
+
+
+def _rates(study: Study) -> str:
+    tuning = study["tuning"]
+    if tuning is None:
+        return "rates are as given."
+    rates = ", ".join(f"{rate:g}" for rate in tuning["learning_rates"])
+    seeds = ", ".join(map(str, tuning["seeds"]))
+    return f"rates chosen for each arm and task by {tuning['by']} from {rates} (seed {seeds})."
+
+
+def _edges(study: Study) -> list[str]:
+    """Arms whose best rate has no neighbour on one side: a wider grid may change what is found."""
+    found = []
+    for each in (study["tuning"] or {"found": []})["found"]:
+        rates = sorted(line["learning_rate"] for line in each["tried"])
+        if len(rates) > 1 and each["chosen"] in (rates[0], rates[-1]):
+            edge = "least" if each["chosen"] == rates[0] else "largest"
+            found.append(f"{each['arm']} on {each['task']}: the best rate, {each['chosen']:g}, is the grid's {edge}")
+    return found
+
+
+def _failures(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    failed = [f"failed: {each['folder']}: {each['error']}" for each in runs if each["state"] == "failed"]
+    missing = sum(each["state"] == "missing" for each in runs)
+    return [*failed, *([f"{missing} runs are missing"] if missing else [])]
+
+
+def _plain(text: str) -> str:
+    """Text that stays in its cell."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
