@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install peers demo test test-browser check format bench clean
+.PHONY: help install peers demo test test-slow test-browser check format bench clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,11 +24,14 @@ peers: .venv-mergekit/installed  ## create .venv-mergekit, where mergekit is com
 	.venv-mergekit/bin/python -m pip install --quiet --constraint constraints.txt mergekit==0.1.5
 	touch $@
 
-demo: install  ## train on the embedded model and tasks, print a table, leave an output folder
+demo: install  ## train, merge and compare on the embedded model and tasks, write a report
 	$(BIN)/lorica demo
 
 test: install  ## every test that needs neither a network nor a GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not shared"
+
+test-slow: install  ## the tests that `make test` leaves out for the time they take; ray's need `pip install ray`
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu and not shared"
 
 test-browser: install  ## look at a report in Chromium, which is installed where apt and root are at hand
 	command -v chromium >/dev/null || { apt-get update && apt-get install -y chromium; }

@@ -63,7 +63,7 @@ def remarks(study: Study) -> list[str]:
 def _row(cell: Mapping[str, Any]) -> list[str]:
     score = "–" if cell["mean"] is None else f"{cell['mean']:.3f}"
     if cell["low"] is not None:
-        score += f" ± {cell['high'] - cell['mean']:.3f}"
+        score += f" ± {cell['mean'] - cell['low']:.3f}"
     if cell["diverged"]:
         score += f", {cell['diverged']} diverged"
     trainable = _known(cell["num_trainable"], lambda count: f"{count / cell['num_parameters']:.3%}")

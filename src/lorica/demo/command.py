@@ -72,8 +72,8 @@ def _comparison(given: DemoConfig, folder: Path) -> CompareConfig:
         ("lora", "backprop"): given.learning_rate,
         ("xgblora", "backprop"): given.learning_rate,
         ("lora", "zo"): given.zo_learning_rate,
-        ("xgblora", "zo"): 2
-        * given.zo_learning_rate,  # a booster of rank 1 has an eighth of the directions to be lost in
+        # A booster of rank 1 has an eighth of the directions to be lost in.
+        ("xgblora", "zo"): 2 * given.zo_learning_rate,
     }
     return config.check(
         CompareConfig,

@@ -196,6 +196,7 @@ def _cell(arm: str, task: str, finals: Sequence[Found]) -> Record:
     runs = [each for each in finals if (each.planned.arm, each.planned.task) == (arm, task)]
     done = [each for each in runs if each.is_done]
     first = done[0] if done else None
+    higher = first.evaluation["metrics"][first.metric]["higher_is_better"] if first else None
     mean = _mean(done)
     return {
         "arm": arm,
@@ -206,7 +207,7 @@ def _cell(arm: str, task: str, finals: Sequence[Found]) -> Record:
         "scores": {str(each.planned.seed): each.score for each in done},
         "mean": mean.mean,
         "low": mean.low,
-        "high": mean.high,
+        "high": min(1.0, mean.high) if higher and mean.high is not None else mean.high,  # no score is better than 1
         **{name: _taken(done, "efficiency", name) for name in ("num_trainable", "num_parameters")},
         "peak_bytes": _taken(done, "timing", "peak_bytes"),
         "seconds": _taken(done, "timing", "seconds"),
