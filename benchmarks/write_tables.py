@@ -50,7 +50,8 @@ def table(name: str) -> str:
 def _provenance(name: str, record: Record) -> str:
     origin = record["origin"]
     versions = ", ".join(f"{library} {origin['libraries'][library]}" for library in ("torch", "transformers"))
-    return f"`{' '.join(origin['command'])}`: {origin['num_cpus']} cores, {versions}; `results/{name}.json`."
+    cores = f"{origin['num_cpus']} core{'s' if origin['num_cpus'] > 1 else ''}"
+    return f"`{' '.join(origin['command'])}`: {cores}, {versions}; `results/{name}.json`."
 
 
 def _step_time(record: Record) -> str:

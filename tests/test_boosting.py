@@ -64,16 +64,12 @@ def test_one_round_is_plain_lora_of_rank_1(data: Path, tmp_path: Path, trainer: 
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-def test_2000_steps_in_rounds_of_100_are_20_lay_ons_and_none_at_epochs(data: Path, tmp_path: Path) -> None:
-    words = (
-        "max_steps=2000",
-        "batch_size=1",
-        "task.num_train=8",
-        "task.num_eval=4",
-        "boosting.steps_per_iteration=100",
-    )
-    run = train(data, tmp_path / "run", "adapter.kind=xgblora", "boosting.merge_frequency=1", "save_steps=null", *words)
-    assert [line["last_step"] for line in ledger_lines(run)] == list(range(100, 2001, 100))
+@pytest.mark.parametrize("every", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_rounds_of_so_many_steps_are_20_lay_ons_and_none_at_epochs(data: Path, tmp_path: Path, every: int) -> None:
+    steps_words = (f"max_steps={20 * every}", f"boosting.steps_per_iteration={every}", "boosting.merge_frequency=1")
+    words = ("adapter.kind=xgblora", "batch_size=1", "task.num_train=8", "task.num_eval=4", "save_steps=null")
+    run = train(data, tmp_path / "run", *words, *steps_words)
+    assert [line["last_step"] for line in ledger_lines(run)] == list(range(every, 20 * every + 1, every))
 
 
 def test_epoch_rounds_are_whole_epochs_and_the_last_booster_is_laid_on(data: Path, tmp_path: Path) -> None:
