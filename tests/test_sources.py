@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from lorica import config
 from lorica.errors import ConfigError, DataError, LoricaError, MissingPathError, UnknownNameError
+from lorica.runs.learning import warn_of_fewer
 from lorica.tasks import base
 from lorica.tasks.base import SPLITS, Prompt, draw, subset
 from lorica.tasks.prompting import option_texts, render
@@ -197,5 +201,16 @@ def test_a_subset_is_cached_and_used_again(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(base, "draw", lambda *_: pytest.fail("drawn again"))
     assert subset(task, "test", 7, seed=1, stratified=True) == first
     assert subset(task, "test", None, seed=1, stratified=True) == list(task.splits["test"])
-    with pytest.raises(ConfigError, match="41 examples"):
-        subset(task, "test", 41, seed=1, stratified=False)
+
+
+def test_fewer_examples_than_were_asked_for_are_all_taken_and_told(tmp_path: Path) -> None:
+    """As mezo.sh's EVAL=1000 takes RTE's 277."""
+    task = load_task(None, kind="classification", path=str(write_folder(tmp_path / "t")))
+    everything = list(task.splits["test"])
+    assert subset(task, "test", len(everything) + 1, seed=1, stratified=False) == everything
+    told = io.StringIO()
+    rows: Any = {"train": everything, "test": everything}
+    warn_of_fewer(
+        rows, config.TaskConfig(num_train=len(everything), num_eval=len(everything) + 1), Console(file=told, width=200)
+    )
+    assert told.getvalue() == "warning: 41 test examples were asked for, and there are 40: all are taken\n"

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lorica import files, models, randomness
-from lorica.config import TrainConfig
+from lorica.config import TaskConfig, TrainConfig
 from lorica.errors import InterruptedRunError
 from lorica.optim.replay import Header, ReplayLog, numerics
 from lorica.optim.schedules import multiplier, warmup_steps
@@ -24,7 +24,7 @@ from lorica.runs.full import Full
 from lorica.runs.linear_probe import LinearProbe
 from lorica.runs.lora import Lora
 from lorica.runs.prefix import PrefixTuning
-from lorica.runs.ready import Ready, chosen, train_as_of
+from lorica.runs.ready import Ready, asked_size, chosen, train_as_of
 from lorica.runs.resuming import Resumed, differing
 from lorica.runs.round_trainer import RoundTrainer
 from lorica.runs.tracking import Tracking
@@ -58,6 +58,14 @@ def encode_splits(cfg: TrainConfig, ready: Ready) -> Rows:
         split: ready.encoded(chosen(ready.task, split, cfg.task))
         for split in dict.fromkeys(["train", *during, cfg.eval_split])
     }
+
+
+def warn_of_fewer(rows: Rows, task: TaskConfig, say: Console) -> None:
+    """Tell which splits have fewer examples than were asked for."""
+    for split, examples in rows.items():
+        asked = asked_size(split, task)
+        if asked is not None and len(examples) < asked:
+            say.print(f"warning: {asked} {split} examples were asked for, and there are {len(examples)}: all are taken")
 
 
 def warn_of_truncation(rows: Rows, max_length: int, say: Console) -> None:

@@ -170,9 +170,13 @@ def ready(base: Base, task: Task, cfg: TaskConfig, device: str, num_prefix: int 
 
 
 def chosen(task: Task, split: Split, cfg: TaskConfig) -> list[tasks.Example]:
-    """The split's examples, or the seeded subset that the config asks for."""
-    size = {"train": cfg.num_train, "dev": cfg.num_dev, "test": cfg.num_eval}[split]
-    return tasks.subset(task, split, size, seed=cfg.train_set_seed, stratified=cfg.stratified)
+    """The split's examples, or the seeded subset that the config asks for: all of them if there are fewer."""
+    return tasks.subset(task, split, asked_size(split, cfg), seed=cfg.train_set_seed, stratified=cfg.stratified)
+
+
+def asked_size(split: Split, cfg: TaskConfig) -> int | None:
+    """How many of a split's examples are wanted at most."""
+    return {"train": cfg.num_train, "dev": cfg.num_dev, "test": cfg.num_eval}[split]
 
 
 def kinds(model: ModelConfig, task: TaskConfig) -> tuple[Kind, tasks.Kind]:

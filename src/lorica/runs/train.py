@@ -24,7 +24,7 @@ from lorica.processes import Processes
 from lorica.results import RunFolder
 from lorica.runs.efficiency import efficiency, forget_peak, peak_bytes
 from lorica.runs.in_context import evaluate_in_context
-from lorica.runs.learning import Learning, encode_splits, warn_of_truncation
+from lorica.runs.learning import Learning, encode_splits, warn_of_fewer, warn_of_truncation
 from lorica.runs.ready import prepare
 from lorica.runs.resuming import Resumed, resume_from, start_over
 from lorica.runs.tracking import Tracking, check, tracked
@@ -118,6 +118,7 @@ def _prepared(cfg: TrainConfig, together: Processes, say: Console) -> Learning:
     check(cfg.trackers)
     ready = prepare(cfg.model, cfg.task, cfg.device, cfg.seed, num_prefix=cfg.num_prefix)
     rows = encode_splits(cfg, ready)
+    warn_of_fewer(rows, cfg.task, say)
     warn_of_truncation(rows, ready.max_length, say)
     return Learning(cfg, ready, rows, say, together, sharded)
 

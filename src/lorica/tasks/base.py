@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorica import files, randomness
-from lorica.errors import ConfigError, DataError
+from lorica.errors import DataError
 
 Kind = Literal["choice", "classification", "generation"]
 TrainAs = Literal["classification", "lm"]
@@ -189,13 +189,11 @@ def subset(task: Task, split: Split, size: int | None, *, seed: int, stratified:
     """`size` examples of a split, drawn with `seed`; all of them, in order, if `size` is None or not smaller.
 
     Stratified keeps each label's share. The indices are cached on disk by the data's fingerprint and the options, so a
-    subset stays the same under a later version of the drawing code. ConfigError if `size` is larger than the split.
+    subset stays the same under a later version of the drawing code.
     """
     rows = list(task.splits[split])
-    if size is None:
+    if size is None or size >= len(rows):
         return rows
-    if size > len(rows):
-        raise ConfigError(f"{size} examples of {task.name}'s {split} split were asked for, and it has {len(rows)}")
     name = f"{task.fingerprint}-{split}-{size}-{seed}-{'stratified' if stratified else 'plain'}.json"
     path = cache_folder() / "subsets" / name
     indices = _cached_indices(path, len(rows), size)
