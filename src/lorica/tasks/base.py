@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorica import files, randomness
-from lorica.errors import DataError
+from lorica.errors import ConfigError, DataError
 
 Kind = Literal["choice", "classification", "generation"]
 TrainAs = Literal["classification", "lm"]
@@ -189,9 +189,12 @@ def subset(task: Task, split: Split, size: int | None, *, seed: int, stratified:
     """`size` examples of a split, drawn with `seed`; all of them, in order, if `size` is None or not smaller.
 
     Stratified keeps each label's share. The indices are cached on disk by the data's fingerprint and the options, so a
-    subset stays the same under a later version of the drawing code.
+    subset stays the same under a later version of the drawing code. ConfigError if there are fewer than `size` to train
+    on; of the other splits `size` is the most that is looked at.
     """
     rows = list(task.splits[split])
+    if split == "train" and size is not None and size > len(rows):
+        raise ConfigError(f"{size} examples of {task.name}'s {split} split were asked for, and it has {len(rows)}")
     if size is None or size >= len(rows):
         return rows
     name = f"{task.fingerprint}-{split}-{size}-{seed}-{'stratified' if stratified else 'plain'}.json"
