@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
+import lorica.runs.told_figures as told_figures
 from lorica import config, files
 from lorica.adapters.injection import Live
 from lorica.config import TrainConfig
 from lorica.evaluation.evaluate import Evaluation
 from lorica.results import RunFolder
-from lorica.runs import told_figures
 from lorica.runs.efficiency import peak_bytes
 from lorica.runs.lora import AdapterOutcome
 from lorica.runs.tuning import Outcome, RunUnderWay

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+import lorica.runs.verify_files as verify_files
 from lorica import files, results
 from lorica.adapters import injection
 from lorica.adapters.adapter import Adapter
@@ -18,7 +19,6 @@ from lorica.analysis.equivalence import Speed
 from lorica.config import VerifyConfig
 from lorica.errors import LoricaError
 from lorica.results import RunFolder
-from lorica.runs import verify_files
 from lorica.runs.lora import factors
 from lorica.runs.tracking import log_checks
 from lorica.runs.verify_case import Case, case_of
