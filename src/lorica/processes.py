@@ -92,6 +92,7 @@ def joined() -> Iterator[Processes]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     try:
+        dist.barrier()  # one that is refused at once must not be gone while another is still connecting to it
         yield Processes(dist.get_rank(), num)
     finally:
         dist.destroy_process_group()
