@@ -47,6 +47,15 @@ def finals(plan: StudyPlan) -> dict[str, Any]:
     return {each.arm: each.cfg for each in reversed(plan.finals(plan.every_choice()[0]))}
 
 
+def test_an_arm_may_have_a_grid_of_its_own(compared: Any) -> None:
+    own, told = "{name: full, learning_rates: [1e-5, 1e-4]}", "{name: told, overrides: {learning_rate: 1}}"
+    plan = compared(f"arms=[lora, {own}, linear_probe, {told}]", "learning_rates=[1e-4, 1e-3]")
+    assert [(each.arm, each.learning_rate) for each in plan.tuning()] == [
+        *(("lora", rate) for rate in (1e-4, 1e-3)),
+        *(("full", rate) for rate in (1e-5, 1e-4)),
+    ]
+
+
 def test_every_arm_is_tuned_from_one_grid_on_dev_and_told_of_test(compared: Any) -> None:
     plan = compared("arms=[lora, full]", "learning_rates=[1e-4, 1e-3]", "max_steps=7", "batch_size=3", "seeds=[0, 1]")
     tuning = plan.tuning()
@@ -133,6 +142,8 @@ def test_forwards_of_a_step(estimator: str, probes: int) -> None:
         (["seed=3"], "seed is no key of a study: a study takes seeds"),
         (["learning_rate=1e-3", "tune=true"], "learning_rate=0.001 is every arm's rate, and tune=true"),
         (["tune=false", "learning_rates=[1]"], "learning_rates is set, and tune=false"),
+        (["arms=[lora, {name: full, learning_rates: [1]}]"], "4 of lora, 1 of full; for a fair comparison"),
+        (["arms=[{name: full, learning_rates: [1]}]", "tune=false"], "arm 'full' has learning_rates, and tune=false"),
         (["max_seconds=3", "schedule=linear"], "arm 'lora': schedule=linear is laid over a run's steps"),
         (["arms=[{name: lora, overrides: {seed: 3}}]"], "arm 'lora' sets seed, which is the same for every arm"),
         (["arms=[{max_steps: 3}]"], "arm 'max_steps=3' sets max_steps, which is the same for every arm"),

@@ -95,7 +95,7 @@ def _rates(study: Study) -> str:
         return "rates are as given."
     rates = ", ".join(f"{rate:g}" for rate in tuning["learning_rates"])
     seeds = ", ".join(map(str, tuning["seeds"]))
-    return f"rates chosen for each arm and task by {tuning['by']} from {rates} (seed {seeds})."
+    return f"rates chosen for each arm and task by {tuning['by']} among {rates} (seed {seeds})."
 
 
 def _edges(study: Study) -> list[str]:

@@ -44,6 +44,7 @@ class ArmConfig(Section):
 
     name: str = Field(min_length=1, description="a kind of adapter stands for adapter.kind=NAME")
     overrides: dict[str, Any] = Field({}, description="dotted keys of `lorica train` -> values")
+    learning_rates: list[float] | None = Field(None, min_length=1, description="its own grid; None: the study's")
 
     @model_validator(mode="after")
     def _says_something(self) -> ArmConfig:
@@ -54,12 +55,18 @@ class ArmConfig(Section):
             raise ValueError(f"arm {self.name!r} sets {own}, which is the same for every arm of a study: drop it")
         return self
 
+    @property
+    def has_rates(self) -> bool:
+        """Whether there is a rate to choose for it."""
+        kind = self.overrides.get("adapter.kind", self.name)
+        return kind != "linear_probe" and "learning_rate" not in self.overrides
+
 
 def _arm(value: Any) -> Any:
-    """`lora`, {name, overrides}, or bare overrides, which are their own name."""
+    """`lora`, {name, overrides, learning_rates}, or bare overrides, which are their own name."""
     if isinstance(value, str):
         return {"name": value}
-    if isinstance(value, dict) and value and not value.keys() <= {"name", "overrides"}:
+    if isinstance(value, dict) and value and not value.keys() <= ArmConfig.model_fields.keys():
         return {"name": arm_name(value), "overrides": value}
     return value
 
@@ -93,7 +100,7 @@ class StudyConfig(Section):
     max_seconds: float | None = Field(None, gt=0, description="as a budget: seconds of training")
     num_epochs: float | None = Field(None, gt=0, description="as a budget: passes over the training data")
     tune: bool = Field(False, description="choose each arm's rate on dev; true where learning_rates are given")
-    learning_rates: list[float] | None = Field(None, min_length=1, description="the grid, the same for every arm")
+    learning_rates: list[float] | None = Field(None, min_length=1, description="the grid of every arm without its own")
     tuning_seeds: list[int] | None = Field(None, min_length=1, description="None: one that is not among seeds")
     loss_smoothing: float = Field(0.9, ge=0, lt=1, description="of the losses in the figure")
     loss_figure_path: str | None = Field(None, description="None: loss.png in the study's folder")
@@ -195,6 +202,19 @@ class CompareConfig(StudyConfig):
             raise ValueError(
                 f"adapter.kind={adapter['kind']} is what arms differ in: give arms=[{adapter['kind']}, ...]"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _grids_are_fair(self) -> CompareConfig:
+        own = {arm.name: arm.learning_rates for arm in self.arms if arm.learning_rates}
+        if own and not self.tune:
+            raise ValueError(
+                f"arm {next(iter(own))!r} has learning_rates, and tune=false chooses none: drop one of them"
+            )
+        sizes = {arm.name: len(arm.learning_rates or self.rates("backprop")) for arm in self.arms if arm.has_rates}
+        if len(set(sizes.values())) > 1:
+            told = ", ".join(f"{size} of {name}" for name, size in sizes.items())
+            raise ValueError(f"learning rates to choose from: {told}; for a fair comparison give as many to each arm")
         return self
 
 

@@ -136,4 +136,4 @@ def _tuning(record: Mapping[str, Any] | None) -> str | None:
     if record is None:
         return None
     rates = ", ".join(f"{rate:g}" for rate in record["learning_rates"])
-    return f"each arm's learning rate is the best of {rates} by {record['by']}"
+    return f"each arm's learning rate is the best it was tried at, among {rates}, by {record['by']}"

@@ -94,7 +94,8 @@ class StudyPlan:
         ]
 
     def rates(self, arm: str, task: str) -> list[float]:
-        return self.given.rates(self.trees[arm, task].get("trainer", "backprop"))
+        own = next(each.learning_rates for each in self.given.arms if each.name == arm)
+        return own or self.given.rates(self.trees[arm, task].get("trainer", "backprop"))
 
     def _run(self, arm: str, task: str, seed: int, rate: float | None, role: Role) -> Planned:
         tree = copy.deepcopy(self.trees[arm, task]) | {
