@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 LOW_RANK = ("lora", "xgblora")  # the kinds of adapter that have factors
 STEPS = (
     *("optimizer", "learning_rate", "weight_decay", "max_grad_norm", "schedule", "warmup", "batch_size", "train_as"),
-    *("gradient_accumulation_steps", "max_steps", "num_epochs", "max_seconds", "bucketing", "base_dropout"),
+    *(
+        "gradient_accumulation_steps",
+        "max_steps",
+        "num_epochs",
+        "max_seconds",
+        "bucketing",
+        "stratified",
+        "base_dropout",
+    ),
     *("eval_steps", "compile"),
 )  # keys of a training by steps
 

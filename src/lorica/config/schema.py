@@ -213,6 +213,9 @@ class TrainConfig(Section):
         None, gt=0, description="stop at the first step past so many seconds of training, wherever that is"
     )
     bucketing: bool = Field(True, description="draw batches of similar lengths: less padding")
+    stratified: bool | None = Field(
+        None, description="let every batch hold each class by its share: less noise; None: by zeroth order"
+    )
     base_dropout: bool = Field(False, description="keep the frozen base's own dropout on while training")
     compile: bool = Field(
         False, description="train with the model's blocks compiled: a wait at the start, then what the machine gains"
@@ -338,6 +341,7 @@ class TrainConfig(Section):
                 "optimizer": self.optimizer or ("sgd" if zeroth_order else "adamw"),
                 "schedule": self.schedule or ("constant" if constant else "linear"),
                 "learning_rate": rate if self.learning_rate is None else self.learning_rate,
+                "stratified": zeroth_order if self.stratified is None else self.stratified,
                 "max_steps": steps if self.max_steps is None and self.num_epochs is None else self.max_steps,
                 **(self._low_rank_sections() if kind in LOW_RANK else {}),
                 **(self._zeroth_order_sections() if zeroth_order else {}),

@@ -98,7 +98,11 @@ class Learning:
                 self.rows["train"], self.cfg.boosting.probe_size, self.cfg.seed
             )
         self.stream = TrainingStream(
-            [row.length for row in self.rows["train"]], self.cfg.batch_size, self.cfg.seed, self.cfg.bucketing
+            [row.length for row in self.rows["train"]],
+            self.cfg.batch_size,
+            self.cfg.seed,
+            self.cfg.bucketing,
+            [row.label for row in self.rows["train"]] if self.cfg.stratified else None,
         )
         self.train_as = train_as_of(self.cfg.train_as, self.cfg.zo.objective, self.ready.task)
         self.identity = _identity(self.cfg, self.ready)  # of the bare base: nothing is laid on it yet

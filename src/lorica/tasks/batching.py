@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -100,6 +101,7 @@ class TrainingStream:
     batch_size: int
     seed: int
     bucketing: bool = True
+    classes: Sequence[int] | None = None  # of each row: then every batch holds each class by its share
 
     @property
     def batches_per_epoch(self) -> int:
@@ -115,12 +117,14 @@ class TrainingStream:
     def _epoch(self, epoch: int) -> list[list[int]]:
         generator = randomness.python_generator(self.seed, "data", epoch)
         order = generator.sample(range(len(self.lengths)), len(self.lengths))
-        if not self.bucketing:
+        if not self.bucketing and self.classes is None:
             return _cut(order, self.batch_size)
         pools = _cut(order, self.batch_size * POOL_BATCHES)
-        batches = [
-            batch for pool in pools for batch in _cut(sorted(pool, key=self.lengths.__getitem__), self.batch_size)
-        ]
+        if self.bucketing:
+            pools = [sorted(pool, key=self.lengths.__getitem__) for pool in pools]
+        if self.classes is not None:
+            pools = [_spread(pool, self.classes, generator) for pool in pools]
+        batches = [batch for pool in pools for batch in _cut(pool, self.batch_size)]
         return generator.sample(batches, len(batches))
 
 
@@ -265,6 +269,18 @@ def _padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool) -> tuple[Te
         values[index, place] = torch.tensor(row, dtype=torch.long)
         mask[index, place] = 1
     return values, mask
+
+
+def _spread(pool: Sequence[int], classes: Sequence[int], generator: random.Random) -> list[int]:
+    """The rows of a pool with those of each class, in their order there, at even distances from a drawn first place."""
+    members: dict[int, list[int]] = {}
+    for row in pool:
+        members.setdefault(classes[row], []).append(row)
+    placed = []
+    for label in sorted(members):
+        first = generator.random()
+        placed += [((at + first) / len(members[label]), row) for at, row in enumerate(members[label])]
+    return [row for _, row in sorted(placed)]
 
 
 def _cut(order: list[int], size: int) -> list[list[int]]:
