@@ -3,8 +3,9 @@
     LORICA_SHARED=FOLDER python benchmarks/encoder_study.py [--study FOLDER] [--steps 1000] [--workers 2]
 
 It is one `lorica compare`, which it prints: every arm's rate is chosen on dev from three, a decade lower for full
-tuning, and what is told is of 1,000 test examples. The eight boosters of XGBLoRA are as large as LoRA's update. The same command goes on where a study was left. Its outcome and where that comes from are
-written to results/encoder_study.json.
+tuning, and what is told is of 1,000 test examples. The eight boosters of XGBLoRA are as large as LoRA's update. The
+same command goes on where a study was left. Its outcome and where that comes from are written to
+results/encoder_study.json.
 """
 
 from __future__ import annotations
