@@ -36,8 +36,8 @@ from lorica.config import EvaluateConfig, ModelConfig, TaskConfig
 from lorica.evaluation.matrix import Matrix
 from lorica.evaluation.predictions import write_predictions
 from lorica.runs import evaluate_matrix
+from lorica.runs.evaluating.targets import Target
 from lorica.runs.ready import chosen, prepare
-from lorica.runs.targets import Target
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LORICA_SHARED", "shared")).resolve()

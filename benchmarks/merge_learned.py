@@ -31,8 +31,8 @@ from lorica.adapters import injection
 from lorica.adapters.adapter import Adapter
 from lorica.config import MergeConfig
 from lorica.merging.merge import Merged
-from lorica.runs.learned_merge import Lesson, learn, lesson_of
-from lorica.runs.settling import learner_of, settle
+from lorica.runs.merging.learned import Lesson, learn, lesson_of
+from lorica.runs.merging.settling import learner_of, settle
 from lorica.tasks.batching import TrainingStream
 from lorica.tasks.objectives import mean_loss
 

@@ -33,8 +33,8 @@ from lorica.evaluation.recovery import Recovery, summarise
 from lorica.evaluation.scoring import score_all
 from lorica.merging.merge import Merged
 from lorica.runs.bodies import Bodies
-from lorica.runs.merge_evaluation import Arena, open_arenas
-from lorica.runs.settling import settle
+from lorica.runs.merging.evaluation import Arena, open_arenas
+from lorica.runs.merging.settling import settle
 from lorica.runs.sources import Source, resolve
 from lorica.tasks.base import Split
 

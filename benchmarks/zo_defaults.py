@@ -35,7 +35,7 @@ from rich.console import Console
 
 from lorica import config, files, results, runs
 from lorica.config import TrainConfig
-from lorica.runs import first_look
+from lorica.runs.training import first_look
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LORICA_SHARED", "shared")).resolve()

@@ -10,6 +10,7 @@ ROOMS = (
     *("adapters", "models", "planning", "tasks", "evaluation", "optim", "training", "studies", "analysis"),
     *("merging", "card", "report", "runs", "demo", "tables", "cli", "__main__"),
 )
+RUNS = ("training", "evaluating", "merging", "studying", "inspecting")
 PACKAGE = Path(__file__).parents[1] / "src" / "lorica"
 
 
@@ -23,9 +24,20 @@ def test_arrows_run_one_way() -> None:
     assert upward == []
 
 
+def test_arrows_inside_runs_run_one_way() -> None:
+    upward = [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path in sorted((PACKAGE / "runs").rglob("*.py"))
+        for name in sorted(_imports(path))
+        if _place_in_runs(name) > _place_in_runs(_module(path))
+    ]
+    assert upward == []
+
+
 def test_every_room_is_in_the_order() -> None:
     rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
     assert rooms - {"__init__"} == set(ROOMS)
+    assert {path.parent.name for path in PACKAGE.glob("runs/*/*.py")} == set(RUNS)
 
 
 def test_adapters_know_neither_transformers_nor_tasks() -> None:
@@ -36,6 +48,20 @@ def test_adapters_know_neither_transformers_nor_tasks() -> None:
 
 def _room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def _place_in_runs(name: str) -> int:
+    """The files at the top of runs/ come first, then its rooms; runs/__init__.py, which names the verbs, is last."""
+    match name.split("."):
+        case ["lorica", "runs"] | ["lorica", "runs", "__init__"]:
+            return len(RUNS) + 1
+        case ["lorica", "runs", room, *_] if room in RUNS:
+            return RUNS.index(room) + 1
+    return 0
 
 
 def _imported_rooms(path: Path) -> set[str]:

@@ -24,7 +24,7 @@ from lorica.errors import AdapterFormatError, LoricaError
 from lorica.evaluation.evaluate import Evaluation
 from lorica.models import Base
 from lorica.optim.updates import update_rule
-from lorica.runs import steps
+from lorica.runs.training import steps
 from lorica.training.boosting import Foundation, improves
 from lorica.training.ledger import Entry, Ledger
 

@@ -30,7 +30,7 @@ from lorica.optim.compiled import CompiledBlocks, check_compiler
 from lorica.optim.directions import Directions
 from lorica.optim.probes import Probing
 from lorica.optim.zeroth_order import ZerothOrder
-from lorica.runs import round_trainer
+from lorica.runs.training import round_trainer
 from lorica.tasks.batching import Batch, ChoiceBatch
 from lorica.tasks.objectives import LossModule
 

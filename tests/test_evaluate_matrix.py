@@ -27,8 +27,8 @@ from lorica.evaluation.matrix import Cell, Matrix
 from lorica.evaluation.metrics import Score
 from lorica.evaluation.scoring import score_all
 from lorica.models import Base
-from lorica.runs import matrix_bench
 from lorica.runs import ready as ready_module
+from lorica.runs.evaluating import matrix_bench
 from lorica.runs.ready import Ready
 from lorica.tasks.base import Example, Prompt, Task
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lorica.evaluation.evaluate import evaluate
 from lorica.evaluation.generation import answer_all, ends_of, greedy
 from lorica.models import Base
-from lorica.runs.prefix import draw, lay_on
+from lorica.runs.training.prefix import draw, lay_on
 from lorica.tasks import objectives
 from lorica.tasks.base import Example, Prompt, Task
 from lorica.tasks.batching import collate

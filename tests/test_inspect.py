@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from lorica.analysis.portrait import portrait
 from lorica.config import InspectConfig
 from lorica.demo import language
 from lorica.errors import ConfigError, MissingPathError, ShapeError
-from lorica.runs.inspect import NUM_CUMULATIVE, Inspection
+from lorica.runs.inspecting.inspect import NUM_CUMULATIVE, Inspection
 from lorica.training.ledger import Ledger
 
 SHORT = (
@@ -125,7 +124,7 @@ def test_of_a_long_chain_some_sums_are_measured_and_the_last_among_them(
     trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert NUM_CUMULATIVE >= 3
-    monkeypatch.setattr(sys.modules["lorica.runs.inspect"], "NUM_CUMULATIVE", 2)
+    monkeypatch.setattr("lorica.runs.inspecting.inspect.NUM_CUMULATIVE", 2)
     (found,) = inspect(trained["xgblora"]).adapters
     assert [each.chain_norm is not None for each in found.boosters] == [True, False, True]
 

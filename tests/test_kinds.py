@@ -18,7 +18,7 @@ from lorica.config import EvaluateConfig, ExportConfig, ReplayConfig, TrainConfi
 from lorica.demo import language
 from lorica.errors import ConfigError, ModelError, ResumeError
 from lorica.evaluation.scoring import score_all
-from lorica.runs import linear_probe
+from lorica.runs.training import linear_probe
 from lorica.training import fit
 from test_resume import Killed, dies_at
 

@@ -25,10 +25,10 @@ from lorica.merging.fitting import gradients
 from lorica.merging.fitting.loading import LEARNERS
 from lorica.merging.layers import layer_of
 from lorica.merging.method import Module, OneModule, Site
-from lorica.runs import learned_merge
 from lorica.runs.bodies import Bodies
-from lorica.runs.merge_evaluation import open_arenas
-from lorica.runs.settling import settle
+from lorica.runs.merging import learned
+from lorica.runs.merging.evaluation import open_arenas
+from lorica.runs.merging.settling import settle
 from lorica.runs.sources import resolve
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "merge"
@@ -188,8 +188,8 @@ def test_the_filter_is_zero_against_the_elected_sign() -> None:
 
 def test_rows_to_validate_are_apart_and_few(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lessons = []
-    lesson = learned_merge.lesson_of
-    monkeypatch.setattr(learned_merge, "lesson_of", lambda *words: lessons.append(lesson(*words)) or lessons[-1])
+    lesson = learned.lesson_of
+    monkeypatch.setattr(learned, "lesson_of", lambda *words: lessons.append(lesson(*words)) or lessons[-1])
     merge(runs_dir, "supermerge", validation_batches=100)
     for each in lessons:
         assert len(each.rows) == 20 and len(each.validation) == 10
@@ -202,8 +202,8 @@ def test_rows_to_validate_are_apart_and_few(runs_dir: Path, monkeypatch: pytest.
 
 def test_the_models_dtype_and_device_are_as_asked(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lessons = []
-    lesson = learned_merge.lesson_of
-    monkeypatch.setattr(learned_merge, "lesson_of", lambda *words: lessons.append(lesson(*words)) or lessons[-1])
+    lesson = learned.lesson_of
+    monkeypatch.setattr(learned, "lesson_of", lambda *words: lessons.append(lesson(*words)) or lessons[-1])
     merge(runs_dir, "supermerge", model_dtype="bfloat16", force_cpu=True, steps=1)
     assert {each.ready.base.model.dtype for each in lessons} == {torch.bfloat16}
     assert {each.ready.device for each in lessons} == {"cpu"}
@@ -237,7 +237,7 @@ def test_learning_leaves_the_shared_model_as_it_was(runs_dir: Path) -> None:
     bodies = Bodies("cpu", 0)
     model = open_arenas(sources, cfg, "dev", bodies)[0].ready.base.model
     before = {name: (id(value), value.clone(), value.requires_grad) for name, value in model.named_parameters()}
-    learned_merge.learn(settle(cfg, sources, bodies=bodies), cfg, sources, bodies, Console(quiet=True))
+    learned.learn(settle(cfg, sources, bodies=bodies), cfg, sources, bodies, Console(quiet=True))
     after = dict(model.named_parameters())
     assert set(after) == set(before)
     for name, (place, value, flag) in before.items():

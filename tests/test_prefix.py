@@ -23,7 +23,7 @@ from lorica.optim.backprop import backprop
 from lorica.optim.directions import Directions
 from lorica.optim.probes import Probing
 from lorica.optim.zeroth_order import ZerothOrder
-from lorica.runs.prefix import draw, lay_on
+from lorica.runs.training.prefix import draw, lay_on
 from lorica.tasks.batching import ChoiceBatch, collate
 from lorica.tasks.objectives import LossModule, scores
 from lorica.tasks.prompting import Choice

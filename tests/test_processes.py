@@ -28,7 +28,7 @@ from lorica.config import ReplayConfig, TrainConfig
 from lorica.demo import language
 from lorica.errors import ConfigError, DriftError, InterruptedRunError
 from lorica.processes import Processes
-from lorica.runs import round_trainer
+from lorica.runs.training import round_trainer
 from lorica.tasks.batching import Batch, ChoiceBatch, HeadBatch, mapped, share
 from lorica.training import fit, sharding
 

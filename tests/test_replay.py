@@ -21,8 +21,8 @@ from lorica.demo import language
 from lorica.errors import ConfigError, DataError, InterruptedRunError, MissingPathError, OutputExistsError
 from lorica.optim import probes
 from lorica.optim.replay import numerics, read_log
-from lorica.runs import learning, round_trainer
-from lorica.runs.replay import Replayed
+from lorica.runs.training import learning, round_trainer
+from lorica.runs.training.replay import Replayed
 from lorica.training import checkpoints, fit
 from test_resume import Killed, dies_at
 

@@ -23,7 +23,7 @@ from lorica.analysis.representations import hidden_states, linear_cka, relative_
 from lorica.config import InspectConfig
 from lorica.demo import language
 from lorica.errors import ConfigError
-from lorica.runs.inspect_states import Stage
+from lorica.runs.inspecting.states import Stage
 
 SHORT = (
     *("model=demo", "max_steps=6", "batch_size=8", "logging_steps=6", "learning_rate=1e-2"),

@@ -19,9 +19,9 @@ from lorica.adapters.adapter import Adapter
 from lorica.config import MergeConfig
 from lorica.demo import language
 from lorica.models import Base
-from lorica.runs import merge_evaluation, ready
+from lorica.runs import ready
 from lorica.runs.bodies import sharing
-from lorica.runs.merge_evaluation import open_arenas
+from lorica.runs.merging.evaluation import Arena, open_arenas
 from lorica.runs.sources import Source, resolve
 
 Folder = Callable[..., Path]
@@ -109,7 +109,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
     return resolve(["topic", "sentiment"], folder / "runs")
 
 
-def arenas(sources: list[Source], **tree: object) -> list[merge_evaluation.Arena]:
+def arenas(sources: list[Source], **tree: object) -> list[Arena]:
     return open_arenas(sources, config.check(MergeConfig, {"device": "cpu", **tree}), "dev")
 
 

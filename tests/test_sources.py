@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lorica import config
 from lorica.errors import ConfigError, DataError, LoricaError, MissingPathError, UnknownNameError
-from lorica.runs.learning import warn_of_fewer
+from lorica.runs.training.learning import warn_of_fewer
 from lorica.tasks import base
 from lorica.tasks.base import SPLITS, Prompt, draw, subset
 from lorica.tasks.prompting import option_texts, render

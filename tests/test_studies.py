@@ -17,7 +17,7 @@ from lorica.config import LEARNING_RATE_SEARCH, AblateConfig, CompareConfig
 from lorica.demo import language
 from lorica.errors import ConfigError, LoricaError, MissingPathError, UnknownNameError
 from lorica.evaluation.predictions import read_values
-from lorica.runs.study_plan import StudyPlan, forwards_per_step, planned
+from lorica.runs.studying.plan import StudyPlan, forwards_per_step, planned
 from lorica.studies import curves
 from lorica.studies.comparison import Interval, interval
 

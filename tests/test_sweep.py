@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,13 +24,13 @@ from lorica.errors import ConfigError, LoricaError, MissingPathError, ResumeErro
 from lorica.evaluation.evaluate import evaluate
 from lorica.evaluation.recovery import recovery
 from lorica.runs import ready
-from lorica.runs.sweep import Swept
-from lorica.runs.sweep_bench import outcome
+from lorica.runs.studying import sweep as sweeping
+from lorica.runs.studying.sweep import Swept
+from lorica.runs.studying.sweep_bench import outcome
 from lorica.studies.search import Trial, ranked
 from lorica.studies.space import Point, key
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "merge" / "merge_weighted_delta_sweep_bayes.yaml"
-SWEEPING = importlib.import_module("lorica.runs.sweep")  # its function has its name in lorica.runs
 
 
 def tent(point: Point) -> float:
@@ -87,10 +86,10 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Swept]:
                 bench.append(made)
             return made
 
-        monkeypatch.setattr(SWEEPING, "open_bench", opened)
+        monkeypatch.setattr(sweeping, "open_bench", opened)
         if "resume" not in tree:
             tree = {"adapters": ["a", "b"], "save_merged": False, "final_split": None, **tree}
-        return SWEEPING.sweep(config.check(SweepConfig, tree), Console(stderr=True, width=1000))
+        return sweeping.sweep(config.check(SweepConfig, tree), Console(stderr=True, width=1000))
 
     return run
 

@@ -10,7 +10,7 @@ import pytest
 from lorica import config
 from lorica.config import MergeConfig, SweepConfig
 from lorica.errors import ConfigError
-from lorica.runs.sweep_bench import merge_at
+from lorica.runs.studying.sweep_bench import merge_at
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "merge" / "merge_weighted_delta_sweep_bayes.yaml"
 GRID = {"type": "grid", "grid": {"lambda": [0.0, 0.25, 0.5, 0.75, 1.0]}}

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from lorica import files
-from lorica.runs.sweep_workers import colleagues
+from lorica.runs.studying.sweep_workers import colleagues
 from lorica.studies import children
 from lorica.studies.ledger import CLAIMS, TRIALS, Ledger
 from lorica.studies.search import Bayes, Grid, Trial

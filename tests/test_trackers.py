@@ -24,8 +24,8 @@ from lorica.demo import language
 from lorica.errors import ConfigError, MissingExtraError, UnknownNameError
 from lorica.processes import Processes
 from lorica.results import RunFolder
-from lorica.runs import told_figures
-from lorica.runs.tracking import log_checks, tracked
+from lorica.runs.training import told_figures
+from lorica.runs.training.tracking import log_checks, tracked
 from lorica.training import tracker
 from lorica.training.fit import Step
 from lorica.training.tracker import Figures, Tracked, Trackers

@@ -14,7 +14,7 @@ from lorica.adapters import peft_format
 from lorica.config import TrainConfig
 from lorica.demo import language
 from lorica.errors import ConfigError
-from lorica.runs import round_trainer
+from lorica.runs.training import round_trainer
 from lorica.training import fit
 from lorica.training.loss_meter import LossMeter, LossTrend
 from test_resume import Killed, dies_at, what_must_agree

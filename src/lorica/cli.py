@@ -20,9 +20,7 @@ from lorica import __version__
 from lorica.errors import ConfigError, LoricaError
 
 if TYPE_CHECKING:
-    from lorica.runs import Trained
-    from lorica.runs.merge import MergedRun
-    from lorica.runs.study import Studied
+    from lorica.runs import MergedRun, Studied, Trained
 
 app = typer.Typer(
     name="lorica",

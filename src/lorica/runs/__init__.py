@@ -3,20 +3,20 @@
 This is the only room that knows both the config and the components.
 """
 
-from lorica.runs.evaluate import evaluate_target
-from lorica.runs.evaluation_matrix import evaluate_matrix
+from lorica.runs.evaluating.evaluate import evaluate_target
+from lorica.runs.evaluating.matrix import evaluate_matrix
 from lorica.runs.export import Exported, export
-from lorica.runs.inspect import Inspection, inspect
-from lorica.runs.merge import MergedRun, merge
-from lorica.runs.merge_insight import audit_merge, diagnose_merge, plan_merge
+from lorica.runs.inspecting.inspect import Inspection, inspect
+from lorica.runs.inspecting.verify import Verification, verify
+from lorica.runs.merging.insight import audit_merge, diagnose_merge, plan_merge
+from lorica.runs.merging.merge import MergedRun, merge
 from lorica.runs.plan import plan
 from lorica.runs.ready import Ready, chosen, prepare
-from lorica.runs.replay import Replayed, replay
 from lorica.runs.report import report
-from lorica.runs.study import Studied, study
-from lorica.runs.sweep import Swept, sweep
-from lorica.runs.train import Trained, train
-from lorica.runs.verify import Verification, verify
+from lorica.runs.studying.study import Studied, study
+from lorica.runs.studying.sweep import Swept, sweep
+from lorica.runs.training.replay import Replayed, replay
+from lorica.runs.training.train import Trained, train
 
 __all__ = [
     "Exported",

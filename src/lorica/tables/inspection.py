@@ -12,7 +12,7 @@ from lorica.tables.cells import columns, size, span
 if TYPE_CHECKING:
     from lorica.analysis.conflict import Pair
     from lorica.analysis.portrait import KindFigures, ModuleFigures
-    from lorica.runs.inspect import Inspected, Inspection
+    from lorica.runs.inspecting.inspect import Inspected, Inspection
 
 NUM_MODULES = 24  # rows of modules that are shown unasked
 EMPTY = "–"

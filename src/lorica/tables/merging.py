@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lorica.merging.audit import Audit, AuditedModule
     from lorica.merging.diagnosis import Diagnosis
     from lorica.merging.plan import MergePlan
-    from lorica.runs.merge import MergedRun
+    from lorica.runs import MergedRun
 
 NUM_WORST = 5  # modules of an audit that are shown
 

@@ -12,7 +12,7 @@ from lorica.tables.cells import seconds, size
 if TYPE_CHECKING:
     from lorica.analysis.checks import Check
     from lorica.analysis.equivalence import Speed
-    from lorica.runs.verify import Verification
+    from lorica.runs import Verification
 
 STYLES = {"pass": "green", "fail": "bold red", "skip": "dim"}
 

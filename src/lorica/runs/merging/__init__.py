@@ -1,0 +1,1 @@
+"""Merges: settled as the config says, learned, judged on their adapters' own tasks, and written."""
