@@ -51,8 +51,9 @@ def test_adapters_learn_what_the_base_does_not_know_and_averaging_loses_some(tmp
     language.write_tasks(tmp_path / "data")
     adapters, single, zero_shot = [], {}, {}
     for task in language.TASKS:
-        words = ["model=demo", f"task.path={tmp_path / 'data' / task}", "max_steps=150", "learning_rate=1e-2"]
-        cfg = config.read(config.TrainConfig, [*words, f"output_dir={tmp_path / task}"])
+        words = ["model=demo", f"task.path={tmp_path / 'data' / task}", "task.num_eval=200", "max_steps=100"]
+        words += ["batch_size=8", "learning_rate=1e-2", f"output_dir={tmp_path / task}"]
+        cfg = config.read(config.TrainConfig, words)
         trained = runs.train(cfg, Console(quiet=True))
         adapters.append(peft_format.read(trained.run.adapter))
         single[task] = trained.evaluation.metrics["accuracy"].value
@@ -66,6 +67,6 @@ def test_adapters_learn_what_the_base_does_not_know_and_averaging_loses_some(tmp
 
 
 def accuracy(folder: Path, task: str, adapter: Path | None) -> float:
-    words = ["model=demo", f"task.path={folder / 'data' / task}"]
+    words = ["model=demo", f"task.path={folder / 'data' / task}", "task.num_eval=200"]
     found = runs.evaluate_target(str(adapter) if adapter else None, config.read(config.EvaluateConfig, words))
     return found.metrics["accuracy"].value

@@ -52,7 +52,7 @@ RUNS = {
     "head": "trainer=backprop task.kind=classification",
     "boosted": "trainer=backprop adapter.kind=xgblora boosting.steps_per_iteration=15",
     "adaptive": f"trainer=backprop {ADAPTIVE}",
-    "full": "trainer=zo adapter.kind=full max_steps=12 learning_rate=1e-3",
+    "full": "trainer=zo adapter.kind=full max_steps=12 learning_rate=2e-4",
 }
 Hook = Callable[[pytest.MonkeyPatch], None]
 
@@ -108,7 +108,6 @@ def together() -> Iterator[Pair]:
 
 def _works(rank: int, jobs: Any, results: Any) -> None:
     """Take part in what is asked for until there is nothing more; a hook's patches last for one job."""
-    torch.set_num_threads(1)
     while (job := jobs.get()) is not None:
         port, words, hook = job
         with pytest.MonkeyPatch.context() as patch:
@@ -289,7 +288,6 @@ def test_torchrun_starts_it(data: Path, tmp_path: Path) -> None:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*start, "-m", "lorica", "train", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -272,10 +272,8 @@ def test_a_process_killed_for_real_resumes_the_same(
     expected = reference(unbroken, data, tmp_path, "xgblora", "backprop")
     run = tmp_path / "run"
     words = words_for(data, run, "xgblora", "backprop")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "lorica.cli", "train", *words],
-        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -167,8 +167,8 @@ def test_a_study_killed_in_the_middle_runs_only_what_is_missing(compare: Lorica,
     study, words = tmp_path / "study", ("learning_rates=[1e-3]", "max_steps=2", "seeds=[0]")
     places = (f"task.path={data / 'topic'}", f"output_dir={study}")
     command = [sys.executable, "-m", "lorica", "compare", *TINY, *words, *places]
-    quiet, one_thread = subprocess.DEVNULL, {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=quiet, stderr=quiet, env=one_thread) as child:
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet) as child:
         while len(finished(study)) < 2:
             assert child.poll() is None
             time.sleep(0.01)
@@ -185,8 +185,8 @@ def test_a_study_killed_in_the_middle_runs_only_what_is_missing(compare: Lorica,
 
 
 def test_what_fails_is_told_and_run_again_when_asked(compare: Lorica, tmp_path: Path) -> None:
-    arms = "arms=[lora, {name: broken, overrides: {adapter.targets: [nothing]}}]"
-    words = (arms, "max_steps=2", "seeds=[0]", "learning_rate=1e-3")
+    arms = "arms=[{name: lora, overrides: {learning_rate: 1e-3}}, {name: broken, overrides: {learning_rate: 1e+38}}]"
+    words = (arms, "max_steps=12", "seeds=[0]", "tune=false")
     failures, runs = tmp_path / "study" / "failures.jsonl", {}
     for more, num_failures in (((), 1), ((), 1), (("retry=true",), 2)):
         printed = compare(*words, *more, exit_code=1)
@@ -195,8 +195,11 @@ def test_what_fails_is_told_and_run_again_when_asked(compare: Lorica, tmp_path: 
         found = told(tmp_path / "study")
         runs = {each["arm"]: each for each in found["runs"]}
         assert (runs["lora"]["state"], runs["broken"]["state"], found["finished"]) == ("finished", "failed", True)
-    assert "nothing" in runs["broken"]["error"] and runs["lora"]["error"] is None
-    assert found["differences"][0]["mean"] is None and found["cells"][1]["diverged"] == 0
+    assert "finite" in runs["broken"]["error"] and runs["lora"]["error"] is None
+    assert found["differences"][0]["mean"] is None and found["cells"][1]["diverged"] == 1
+    told_of = compare(*words, "--plan").replace("\n", " ")
+    assert "0 runs are left, of 2; 1 failed, and are run again with retry=true alone" in told_of
+    assert "1 runs are left, of 2" in compare(*words, "--plan", "retry=true")
 
 
 def test_a_rate_that_diverges_is_not_chosen(compare: Lorica, tmp_path: Path) -> None:
