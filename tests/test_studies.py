@@ -18,6 +18,7 @@ from lorica.demo import language
 from lorica.errors import ConfigError, LoricaError, MissingPathError, UnknownNameError
 from lorica.evaluation.predictions import read_values
 from lorica.runs.studying.plan import StudyPlan, forwards_per_step, planned
+from lorica.runs.studying.study import looked_ahead
 from lorica.studies import curves
 from lorica.studies.comparison import Interval, interval
 
@@ -136,19 +137,24 @@ def test_forwards_of_a_step(estimator: str, probes: int) -> None:
         (["lora.rank=3", "arms=[full]"], "lora.rank is set, and no arm is of kind lora"),
         (["adapter.rank=4", "arms=[{adapter.rank: 2}]"], "adapter.rank=4 is set, and no arm takes it as it is"),
         (["adapter.kind=full"], "adapter.kind=full is what arms differ in"),
-        (["arms=[{adapter.rnak: 2}]"], "arm 'rnak=2': unknown key 'adapter.rnak': did you mean adapter.rank"),
+        (["arms=[{adapter.rnak: 2}]"], "arm 'rnak=2' on topic: unknown key 'adapter.rnak': did you mean adapter.rank"),
         (["max_steps=3", "max_seconds=3"], "max_steps and max_seconds are both given"),
-        (["max_forwards=3", "trainer=zo"], "max_forwards=3 is less than one step of arm 'lora' takes, which is 8"),
+        (
+            ["max_forwards=3", "trainer=zo"],
+            "on topic: max_forwards=3 is less than one step takes, which is 8",
+        ),
         (["seed=3"], "seed is no key of a study: a study takes seeds"),
         (["learning_rate=1e-3", "tune=true"], "learning_rate=0.001 is every arm's rate, and tune=true"),
         (["tune=false", "learning_rates=[1]"], "learning_rates is set, and tune=false"),
         (["arms=[lora, {name: full, learning_rates: [1]}]"], "4 of lora, 1 of full; for a fair comparison"),
         (["arms=[{name: full, learning_rates: [1]}]", "tune=false"], "arm 'full' has learning_rates, and tune=false"),
-        (["max_seconds=3", "schedule=linear"], "arm 'lora': schedule=linear is laid over a run's steps"),
+        (["max_seconds=3", "schedule=linear"], "arm 'lora' on topic: schedule=linear is laid over a run's steps"),
         (["arms=[{name: lora, overrides: {seed: 3}}]"], "arm 'lora' sets seed, which is the same for every arm"),
         (["arms=[{max_steps: 3}]"], "arm 'max_steps=3' sets max_steps, which is the same for every arm"),
         (["tasks=[topic, sentiment]"], "is one folder, and tasks names several"),
         (["no_such_key=1"], "unknown key 'no_such_key'"),
+        (["seeds=[0, 0]"], "two runs would lie in runs/lora/topic/seed0-lr3e-05: give each"),
+        (["learning_rates=[1e-3, 1.0000001e-3]"], "two runs would lie in runs/lora/topic/tuning/seed100-lr0.001"),
     ],
 )
 def test_what_is_refused_before_anything_runs(compared: Any, words: list[str], message: str) -> None:
@@ -162,8 +168,8 @@ def test_several_tasks_from_one_place(data: Path) -> None:
     assert {each.cfg.task.path for each in plan.tuning()} == {str(data / "topic"), str(data / "sentiment")}
     with pytest.raises(MissingPathError, match="did you mean topic"):
         planned(config.read(CompareConfig, ["--tasks", "topci", f"task.path={data}/{{task}}"]))
-    with pytest.raises(UnknownNameError, match="did you mean sst5 or sst2"):
-        planned(config.read(CompareConfig, ["task=sst3x"]))
+    with pytest.raises(UnknownNameError, match=r"arm 'lora' on sst3x: .*did you mean sst5 or sst2"):
+        looked_ahead(config.read(CompareConfig, ["task=sst3x"]))
     with pytest.raises(ConfigError, match="a study needs a task"):
         planned(config.read(CompareConfig, []))
 

@@ -20,7 +20,8 @@ from lorica import __version__
 from lorica.errors import ConfigError, LoricaError
 
 if TYPE_CHECKING:
-    from lorica.runs import MergedRun, Studied, Trained
+    from lorica.config import AblateConfig, CompareConfig
+    from lorica.runs import MergedRun, Trained
 
 app = typer.Typer(
     name="lorica",
@@ -217,7 +218,7 @@ def sweep(context: typer.Context) -> None:
 
     words = _of_mode("sweep", context.args)
     if words != context.args:
-        _print_study(runs.study(config.read(config.CompareConfig, words, config.LEARNING_RATE_SEARCH), ERR))
+        _study(config.read(config.CompareConfig, words, config.LEARNING_RATE_SEARCH))
         return
     done = runs.sweep(config.read(config.SweepConfig, context.args), ERR)
     for line in tables.sweep(done.summary):
@@ -248,26 +249,36 @@ def compare(context: typer.Context) -> None:
     """Compare ways to train: lorica compare --arms lora full --tasks a b --seeds 0 1 2 max_steps=1000 model=M.
 
     Every arm's learning rate is chosen on dev from one grid; differences are paired, with intervals, and told in words.
-    The same line again, or lorica compare resume=FOLDER, runs only what is missing.
+    The same line again, or lorica compare resume=FOLDER, runs only what is missing. With --plan: what it would take.
     """
     with _imports():
-        from lorica import config, runs
+        from lorica import config
 
-    _print_study(runs.study(config.read(config.CompareConfig, context.args), ERR))
+    _study(config.read(config.CompareConfig, context.args))
 
 
 @app.command(context_settings=WORDS)
 def ablate(context: typer.Context) -> None:
-    """Vary one thing: lorica ablate --type rank|alpha|modules task=T model=M, or --grid '{"adapter.rank": [4, 8]}'."""
+    """Vary one thing: lorica ablate --type rank|alpha|modules task=T model=M, or --grid '{"adapter.rank": [4, 8]}'.
+
+    With --plan: what it would take, and nothing runs.
+    """
     with _imports():
-        from lorica import config, runs
+        from lorica import config
 
-    _print_study(runs.study(config.read(config.AblateConfig, _of_mode("ablation", context.args)), ERR))
+    _study(config.read(config.AblateConfig, _of_mode("ablation", context.args)))
 
 
-def _print_study(done: Studied) -> None:
-    from lorica import tables
+def _study(given: CompareConfig | AblateConfig) -> None:
+    """A study run, or told of with `plan`."""
+    with _imports():
+        from lorica import runs, tables
 
+    if given.plan:
+        for line in tables.study_plan(runs.plan_study(given)):
+            OUT.print(line, highlight=False, soft_wrap=isinstance(line, str))
+        return
+    done = runs.study(given, ERR)
     for line in tables.study(done.outcome):
         OUT.print(line, highlight=False, soft_wrap=isinstance(line, str))
     OUT.print(str(done.folder), highlight=False, markup=False, soft_wrap=True)

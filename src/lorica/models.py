@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,7 +98,7 @@ def load(
         # A head for another number of labels is drawn anew; `_check_complete` lets nothing but a head be new.
         options |= {"ignore_mismatched_sizes": True, **({} if num_labels is None else {"num_labels": num_labels})}
     if quantization == "int8":
-        options["quantization_config"] = _int8()
+        options["quantization_config"] = int8()
     with _one_line(name), quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
         model, info = CLASSES[kind].from_pretrained(source, output_loading_info=True, **options)
@@ -150,6 +150,7 @@ def on_meta(
     name: str,
     *,
     kind: Kind | None = None,
+    num_labels: int | None = None,
     dtype: str = "float32",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -157,9 +158,20 @@ def on_meta(
     """The base model on the meta device, without weights and tokenizer; its family's kind where none is given."""
     config = read_config(name, revision, trust_remote_code)
     kind = kind or natural_kind(config)
+    if kind == "classification" and num_labels is not None:
+        config.num_labels = num_labels
     with torch.device("meta"), quiet():
         model = CLASSES[kind].from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
     return Base(model.eval(), None, kind, name, head_modules(model) if kind == "classification" else ())
+
+
+def with_tokenizer(base: Base, revision: str | None = None, trust_remote_code: bool = False) -> Base:
+    """A base on the meta device with the tokenizer that `load` would give it."""
+    with _one_line(base.name), quiet():
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(locate(base.name), **options)
+    _complete_padding(base.model, tokenizer)
+    return replace(base, tokenizer=tokenizer)
 
 
 def placements(
@@ -274,7 +286,8 @@ def choose_device(device: str) -> str:
     return device
 
 
-def _int8() -> Any:
+def int8() -> Any:
+    """How a base is loaded in int8. Raises MissingExtraError without the library that does it."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:

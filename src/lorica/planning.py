@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lorica import models
 from lorica.adapters import injection
 from lorica.models import Base, Kind
 
+Made = TypeVar("Made")
 STATES = {"adamw": 2, "momentum": 1, "sgd": 0}  # numbers kept for each trainable one, beside its gradient
 
 
@@ -124,6 +125,12 @@ def peak_bytes(work: Callable[[], None]) -> int:
     with _AliveBytes() as alive:
         work()
     return int(alive.peak)
+
+
+def made(work: Callable[[], Made]) -> Made:
+    """What `work` makes on the meta device."""
+    with models.quiet(), _AliveBytes():
+        return work()
 
 
 class _AliveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -107,6 +107,7 @@ class StudyConfig(Section):
     launcher: str = Field("here", description="where runs are run: here, inline (one after the other), ray")
     num_workers: int | None = Field(None, ge=1, description="runs at a time; None: as the launcher finds places")
     retry: bool = Field(False, description="run failed runs again")
+    plan: bool = Field(False, description="tell what it would take, and run nothing")
     output_dir: str | None = Field(None, description="new, or a study; None: artifacts/studies/<kind>-<time>")
     resume: str | None = Field(None, description="a study's folder: go on with its own config")
     run: dict[str, Any] = Field({}, description="what goes to every arm, as keys of `lorica train`")

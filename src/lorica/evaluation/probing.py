@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,9 +39,7 @@ def fit_probe(
     Features (n, d) are brought to mean 0 (with an intercept) and standard deviation 1 first, so that the penalty treats
     them alike; the map that is returned takes them as they are. Raises DataError if a class has no training example.
     """
-    missing = sorted(set(range(num_classes)) - set(labels.tolist()))
-    if missing:
-        raise DataError(f"no training example has label number {missing[0]}: a linear probe needs some of every label")
+    check_classes(labels.tolist(), num_classes)
     mean = features.mean(dim=0) if intercept else torch.zeros(features.shape[1])
     spread = features.std(dim=0, correction=0)
     spread = torch.where(spread > 0, spread, 1.0)
@@ -52,6 +50,13 @@ def fit_probe(
         loss = float(F.cross_entropy(dev_features @ weight.T + bias, dev_labels))
         found.append(Fitted(weight, bias, strength, loss))
     return min(found, key=lambda fitted: fitted.dev_loss)
+
+
+def check_classes(labels: Collection[int], num_classes: int) -> None:
+    """Raise DataError if one of the classes has no training example."""
+    missing = sorted(set(range(num_classes)) - set(labels))
+    if missing:
+        raise DataError(f"no training example has label number {missing[0]}: a linear probe needs some of every label")
 
 
 def _path(features: Tensor, labels: Tensor, intercept: bool) -> Iterator[tuple[float, Tensor, Tensor]]:

@@ -13,6 +13,7 @@ from lorica.runs.merging.merge import MergedRun, merge
 from lorica.runs.plan import plan
 from lorica.runs.ready import Ready, chosen, prepare
 from lorica.runs.report import report
+from lorica.runs.studying.forecast import Forecast, plan_study
 from lorica.runs.studying.study import Studied, study
 from lorica.runs.studying.sweep import Swept, sweep
 from lorica.runs.training.replay import Replayed, replay
@@ -20,6 +21,7 @@ from lorica.runs.training.train import Trained, train
 
 __all__ = [
     "Exported",
+    "Forecast",
     "Inspection",
     "MergedRun",
     "Ready",
@@ -38,6 +40,7 @@ __all__ = [
     "merge",
     "plan",
     "plan_merge",
+    "plan_study",
     "prepare",
     "replay",
     "report",

@@ -1,13 +1,14 @@
 """What a launcher is: it runs a study's commands, each in a process of its own, and tells how each ended.
 
 A launcher is one file in `launchers/` that holds ``launch``, with the signature below. What it starts ends with it:
-when the iterator is closed, when an error or a signal ends the process, and when the process is killed.
+when the iterator is closed, when an error or a signal ends the process, and when the process is killed. One whose
+commands run on this machine holds ``num_places`` too: `num_workers` -> how many it runs at a time.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -48,6 +49,12 @@ def find(name: str) -> Launch:
     """The launcher of this name. Raises UnknownNameError."""
     launch: Launch = LAUNCHERS.load(name, "launch")
     return launch
+
+
+def num_places(name: str, num_workers: int | None) -> int | None:
+    """How many jobs the launcher of this name runs at a time; None where that is for other machines to say."""
+    places: Callable[[int | None], int] | None = LAUNCHERS.load(name, "num_places", None)
+    return places(num_workers) if places else None
 
 
 def ended(job: Job, exit_code: int, seconds: float) -> Ended:

@@ -4,7 +4,7 @@ from lorica.tables.catalogues import LISTS, listing
 from lorica.tables.evaluation import evaluations, matrix
 from lorica.tables.inspection import inspection
 from lorica.tables.merging import merge_audit, merge_diagnosis, merge_plan, merged
-from lorica.tables.studies import study
+from lorica.tables.studies import study, study_plan
 from lorica.tables.sweeps import sweep
 from lorica.tables.training import plan
 from lorica.tables.verification import verification
@@ -21,6 +21,7 @@ __all__ = [
     "merged",
     "plan",
     "study",
+    "study_plan",
     "sweep",
     "verification",
 ]

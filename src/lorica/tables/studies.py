@@ -1,19 +1,25 @@
-"""What a study found, as a table and in words."""
+"""What a study would take, and what it found, as tables and in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Column, Table
 
 from lorica.card import studies
+from lorica.tables.cells import size
+
+if TYPE_CHECKING:
+    from lorica.runs.studying.forecast import ArmForecast, Forecast
 
 TASK, METRIC, COLUMNS = 0, 3, (0, 1, 2, 4, 5, 6, 7)  # of a study's table
 LOOK: Mapping[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False}
 COLOURS = {"better": "green", "worse": "red"}
+PLAN_HEAD = ("arm", "rates", "runs", "steps", "forwards", "trainable", "memory", "done", "left")
+NO_MEMORY = "prefixes, linear probes, full tuning by zeroth order and quantised bases"
 
 
 def study(found: Mapping[str, Any]) -> list[Table | str]:
@@ -55,3 +61,50 @@ def _rates(found: Mapping[str, Any]) -> list[Table | str]:
 def _loss(value: float | None, is_chosen: bool) -> str:
     text = "–" if value is None else f"{value:.4f}"
     return f"[bold]{text}[/]" if is_chosen else text
+
+
+def study_plan(found: Forecast) -> list[Table | str]:
+    """A row for each arm on each task; then how many runs are left, and how long, as far as that can be told."""
+    columns = (Column(name, no_wrap=name not in ("arm", "rates"), min_width=len(name)) for name in PLAN_HEAD)
+    table = Table(*columns, title=escape(found.title), **LOOK, collapse_padding=True)
+    for each in found.arms:
+        table.add_row(*map(escape, _foreseen(each)))
+    return [table, *_footnotes(found), *_left(found)]
+
+
+def _foreseen(arm: ArmForecast) -> list[str]:
+    """The cells of a row: steps and passes are of a run, and below of all its runs."""
+    rates, memory = " ".join(f"{rate:g}" for rate in arm.rates), arm.memory_bytes
+    return [
+        *(f"{arm.arm}\non {arm.task}", rates or "–", f"{arm.num_tuning} + {arm.num_finals}"),
+        *(_of_each_and_all(count, arm.num_runs) for count in (arm.num_steps, arm.num_forwards)),
+        *(f"{arm.num_trainable:,}", "–" if memory is None else size(memory)),
+        *(str(arm.num_finished), str(arm.num_left)),
+    ]
+
+
+def _of_each_and_all(count: int | None, num_runs: int) -> str:
+    return "–" if count is None else f"{count:,}\n{count * num_runs:,}"
+
+
+def _footnotes(found: Forecast) -> list[str]:
+    lines = ["runs: that choose a rate + that are compared; steps and forwards: of a run, and below of all of them"]
+    if any(each.num_steps is None for each in found.arms):
+        lines.append("steps and forwards: – where seconds are the budget, for the clock decides")
+    lines.append("memory: as `lorica plan` finds it, at a batch of rows as long as the longest that is trained on")
+    if any(each.memory_bytes is None for each in found.arms):
+        lines[-1] += f"; – where it knows none: {NO_MEMORY}"
+    return lines
+
+
+def _left(found: Forecast) -> list[str]:
+    failed = sum(each.num_failed for each in found.arms)
+    line = f"{found.num_left} runs are left, of {found.num_runs}"
+    line += f"; {failed} failed, and are run again with retry=true alone" if failed else ""
+    if not found.num_timed:
+        return [line]
+    workers = "one worker" if found.num_workers in (None, 1) else f"{found.num_workers} workers"
+    line += f"; about {found.seconds_left / 3600:.2g} hours by {workers}, if they take as long as the finished runs of "
+    line += "the same arm and task"
+    untimed = found.num_left - found.num_timed
+    return [line + (f"; {untimed} of them have none to go by, and are not in it" if untimed else "")]

@@ -145,7 +145,7 @@ def outcome(plan: StudyPlan, folder: Path) -> Record:
     return {
         "format": 1,
         "kind": "ablate" if isinstance(given, AblateConfig) else "compare",
-        "title": given.title or _title(plan),
+        "title": title(plan),
         "finished": all(each.state != "missing" for each in (*tuning, *finals)),
         "budget": {"unit": unit, "amount": amount},
         "arms": [each.model_dump(mode="json") for each in given.arms],
@@ -158,7 +158,10 @@ def outcome(plan: StudyPlan, folder: Path) -> Record:
     }
 
 
-def _title(plan: StudyPlan) -> str:
+def title(plan: StudyPlan) -> str:
+    """The question, as it was put, or of the arms and tasks."""
+    if plan.given.title:
+        return plan.given.title
     names = [arm.name for arm in plan.given.arms]
     arms = names[0] if len(names) == 1 else f"{', '.join(names[1:])} against {names[0]}"
     return f"{arms} on {', '.join(plan.tasks)}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +17,6 @@ from lorica.config.contradictions import LOW_RANK, STEPS
 from lorica.config.studies import KINDS
 from lorica.errors import ConfigError, LoricaError
 from lorica.runs.evaluating.asked_tasks import PLACE, folder_of
-from lorica.runs.ready import loaded_task
 from lorica.runs.sources import task_name
 from lorica.runs.training.learning import config_identity
 
@@ -102,31 +103,48 @@ class StudyPlan:
             "seed": seed,
             "eval_split": "dev" if role == "tuning" else "test",
         }
-        cfg = _checked(arm, tree if rate is None else tree | {"learning_rate": rate})
+        with told_of(arm, task):
+            cfg = config.check(TrainConfig, tree if rate is None else tree | {"learning_rate": rate})
         return Planned(arm, task, seed, rate, role, cfg.resolved())
 
 
 def planned(given: Study) -> StudyPlan:
-    """Every run of a study as a config that has been checked, and every task as one that is there.
+    """Every run of a study, with every rate that it may be given, as a config that has been checked.
 
-    Raises ConfigError, naming the arm, for what contradicts itself, and for a key that would reach no arm.
+    Raises ConfigError, naming the arm and the task, for what contradicts itself, for a key that would reach no arm, and
+    for two runs in one place.
     """
     _check_names([arm.name for arm in given.arms])
     tasks = _tasks(given)
-    trees = {(arm.name, name): _tree(given, arm, task) for arm in given.arms for name, task in tasks.items()}
+    trees = {(arm.name, name): _tree(given, arm, name, task) for arm in given.arms for name, task in tasks.items()}
     _check_shared_keys(given, [trees[arm.name, next(iter(tasks))] for arm in given.arms])
     plan = StudyPlan(given, tasks, trees)
-    runs = [*plan.tuning(), *plan.finals(plan.every_choice()[0])]
-    for task in tasks:
-        first = next(each for each in runs if each.task == task)
-        loaded_task(first.cfg.model, first.cfg.task)
+    tuning = plan.tuning()
+    for rates in plan.every_choice():
+        _check_places([*tuning, *plan.finals(rates)])
     return plan
+
+
+@contextlib.contextmanager
+def told_of(arm: str, task: str) -> Iterator[None]:
+    """Let an error of an arm on a task name both."""
+    try:
+        yield
+    except LoricaError as error:
+        raise type(error)(f"arm {arm!r} on {task}: {error}") from None
 
 
 def _check_names(names: Sequence[str]) -> None:
     twice = next((name for at, name in enumerate(names) if files.slug(name) in map(files.slug, names[:at])), None)
     if twice is not None:
         raise ConfigError(f"two arms are called {twice!r}: give each a name of its own")
+
+
+def _check_places(runs: Sequence[Planned]) -> None:
+    counts = Counter(each.folder for each in runs)
+    twice = next((each for each in runs if counts[each.folder] > 1), None)
+    if twice is not None:
+        raise ConfigError(f"two runs would lie in {twice.folder}: give each task, seed and learning rate once")
 
 
 def _tasks(given: Study) -> dict[str, Tree]:
@@ -146,7 +164,7 @@ def _tasks(given: Study) -> dict[str, Tree]:
     return {name: {**section, "path": folder_of(name, section["path"])} for name in given.tasks}
 
 
-def _tree(given: Study, arm: ArmConfig, task: Tree) -> Tree:
+def _tree(given: Study, arm: ArmConfig, name: str, task: Tree) -> Tree:
     """An arm's config on a task, without what a run of it differs in."""
     tree = copy.deepcopy({**given.run, "task": task})
     kind = str(arm.overrides.get("adapter.kind") or (arm.name if arm.name in KINDS else _kind(tree)))
@@ -157,7 +175,8 @@ def _tree(given: Study, arm: ArmConfig, task: Tree) -> Tree:
     tree = {key: value for key, value in tree.items() if _has(kind, trainer, key)}
     for key, value in {"adapter.kind": kind, **own, **arm.overrides}.items():
         config.set_key(tree, key, value)
-    return tree if kind == "linear_probe" else tree | _length(given, arm.name, tree)
+    with told_of(arm.name, name):
+        return tree if kind == "linear_probe" else tree | _length(given, tree)
 
 
 def _kind(tree: Tree) -> str:
@@ -173,15 +192,15 @@ def _has(kind: str, trainer: str, key: str) -> bool:
     return kind in SECTIONS_OF.get(key, KINDS)
 
 
-def _length(given: Study, arm: str, tree: Tree) -> Tree:
+def _length(given: Study, tree: Tree) -> Tree:
     """The budget as an arm's own length."""
     unit, amount = given.budget
     if unit != "forwards":
         key = {"steps": "max_steps", "epochs": "num_epochs", "seconds": "max_seconds"}[unit]
         return {key: amount}
-    cost = forwards_per_step(_checked(arm, {**tree, "max_steps": 1}).resolved())
+    cost = forwards_per_step(config.check(TrainConfig, {**tree, "max_steps": 1}).resolved())
     if amount < cost:
-        raise ConfigError(f"max_forwards={amount} is less than one step of arm {arm!r} takes, which is {cost}")
+        raise ConfigError(f"max_forwards={amount} is less than one step takes, which is {cost}")
     return {"max_steps": int(amount) // cost}
 
 
@@ -192,13 +211,6 @@ def forwards_per_step(cfg: TrainConfig) -> int:
     assert cfg.zo.num_directions is not None
     probes = 1 if cfg.zo.estimator == "one_sided" else 2
     return probes * cfg.zo.num_directions * cfg.gradient_accumulation_steps
-
-
-def _checked(arm: str, tree: Tree) -> TrainConfig:
-    try:
-        return config.check(TrainConfig, tree)
-    except LoricaError as error:
-        raise type(error)(f"arm {arm!r}: {error}") from None
 
 
 def _check_shared_keys(given: Study, trees: Sequence[Tree]) -> None:

@@ -22,6 +22,7 @@ from lorica.runs.studying.outcome import (
     CSV_HEAD,
     FAILURES,
     Found,
+    Key,
     check_folders,
     chosen_rates,
     final_rows,
@@ -29,6 +30,7 @@ from lorica.runs.studying.outcome import (
     outcome,
 )
 from lorica.runs.studying.plan import Planned, Study, StudyPlan, planned
+from lorica.runs.studying.rehearsal import Rehearsed, rehearsed
 from lorica.studies import launcher
 from lorica.studies.curves import Curve, draw_losses
 from lorica.studies.launcher import Ended, Job, Launch
@@ -36,7 +38,7 @@ from lorica.studies.launcher import Ended, Job, Launch
 CONFIG, OUTCOME, CSV, CARD, LOSSES = "study.yaml", "study.json", "study.csv", "README.md", "loss.png"
 ORIGIN = "origin.json"
 NO_FAILURE = (75, 130, 143)  # exit codes of runs that are in use, or that a signal ended: they are gone on with
-OF_THIS_CALL = {"resume", "retry", "launcher", "num_workers"}
+OF_THIS_CALL = {"resume", "retry", "plan", "launcher", "num_workers"}
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,11 @@ class Studied:
 def study(given: Study, say: Console) -> Studied:
     """Run what is missing of a study, rates first, and leave its folder; the same call goes on with one that is there.
 
-    Whatever can be refused is refused before anything runs. A run that fails does not end the study: it is told, and
-    run again only with `retry`. A second process on the same folder is refused.
+    Whatever can be refused without a base's weights is refused before anything runs. A run that fails does not end the
+    study: it is told, and run again only with `retry`. A second process on the same folder is refused.
     """
-    given = _taken_up(given).resolved()
-    plan = planned(given)
-    launch = launcher.find(given.launcher)
-    folder = _folder(given)
+    plan, _ = looked_ahead(given)
+    given, launch, folder = plan.given, launcher.find(plan.given.launcher), _folder(plan.given)
     with files.locked_folder(folder):
         check_folders(plan, folder)
         if not (folder / ORIGIN).exists():
@@ -64,6 +64,17 @@ def study(given: Study, say: Console) -> Studied:
         files.write_atomic(folder / CONFIG, config.dump(given))  # last: a folder with a config can be resumed
         say.print(f"after a crash: {_command(given)} resume={folder}", highlight=False, markup=False, soft_wrap=True)
         return UnderWay(plan, folder, launch, say).completed()
+
+
+def looked_ahead(given: Study) -> tuple[StudyPlan, dict[Key, Rehearsed]]:
+    """The study's runs, by its own config if it is gone on with, and what is known of each arm's on each task.
+
+    Raises whatever error can be known of without a base's weights and the study's folder.
+    """
+    given = _taken_up(given).resolved()
+    plan = planned(given)
+    launcher.find(given.launcher)
+    return plan, rehearsed(plan)
 
 
 @dataclass
@@ -148,7 +159,9 @@ def _taken_up(given: Study) -> Study:
     tree = config.read_yaml(path)
     kind: type[CompareConfig] | type[AblateConfig] = CompareConfig if "arms" in tree else AblateConfig
     words = {key: getattr(given, key) for key in OF_THIS_CALL & given.model_fields_set - {"resume"}}
-    return config.check(kind, {**tree, "retry": False, **words, "resume": None, "output_dir": given.resume})
+    return config.check(
+        kind, {**tree, "retry": False, "plan": False, **words, "resume": None, "output_dir": given.resume}
+    )
 
 
 def _folder(given: StudyConfig) -> Path:
@@ -156,12 +169,17 @@ def _folder(given: StudyConfig) -> Path:
     if given.output_dir is None:
         return files.new_folder(Path("artifacts") / "studies", _command(given).split()[1])
     path = Path(given.output_dir)
-    if (path / CONFIG).is_file():
-        return path
-    if path.is_dir() and {each.name for each in path.iterdir()} - {".lock", ORIGIN}:
-        raise OutputExistsError(f"output_dir={str(path)!r} is not empty, and no study that could be gone on with")
+    check_free(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def check_free(path: Path) -> None:
+    """Raise OutputExistsError for a folder that holds something, and no study."""
+    if (path / CONFIG).is_file() or not path.is_dir():
+        return
+    if {each.name for each in path.iterdir()} - {".lock", ORIGIN}:
+        raise OutputExistsError(f"output_dir={str(path)!r} is not empty, and no study that could be gone on with")
 
 
 def _command(given: StudyConfig) -> str:

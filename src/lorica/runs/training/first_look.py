@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from lorica import randomness
 from lorica.adapters import bypass, informed
 from lorica.adapters.informed import Labelled
+from lorica.config import TrainConfig
 from lorica.errors import ConfigError
 from lorica.evaluation.probing import fit_probe
 from lorica.evaluation.scoring import in_eval_mode
 from lorica.runs.training.tuning import RunUnderWay
+from lorica.tasks.base import Task
 from lorica.tasks.batching import Batch
 from lorica.tasks.objectives import scores
 from lorica.tasks.prompting import Encoded
@@ -51,16 +53,10 @@ class FirstLook:
 def first_look(learning: RunUnderWay, paths: Sequence[str]) -> FirstLook:
     """Put some training examples through the bare base, once: A's first rows, and the last layer of a task's head.
 
-    That layer starts as the linear probe of what comes in to it (Kumar et al. 2022, arXiv 2202.10054). A task without
-    classes that all its examples share shows nothing: ConfigError, if the config asks for them by name.
+    That layer starts as the linear probe of what comes in to it (Kumar et al. 2022, arXiv 2202.10054).
     """
     base, task = learning.ready.base, learning.ready.task
-    if task.train_as != "classification" or len(task.labels) < 2:
-        if learning.cfg.adapter.init == "discriminant":
-            raise ConfigError(
-                f"adapter.init=discriminant tells a task's classes apart, and {task.name} has none that all its "
-                "examples share: use adapter.init=activations or kaiming"
-            )
+    if not has_classes(learning.cfg, task):
         return FirstLook()
     batches = _batches(learning)
     path = bypass.last_linear(base.model, base.heads, len(task.labels)) if base.heads else None
@@ -70,6 +66,18 @@ def first_look(learning: RunUnderWay, paths: Sequence[str]) -> FirstLook:
     labels = torch.tensor([row.label for rows in batches for row in rows])
     directions = {name: found.bfloat16().float() for name, found in directions.items()}  # half the bytes in the log
     return FirstLook(directions, _fitted(learning, path, torch.cat(seen), labels) if path else {}, len(batches))
+
+
+def has_classes(cfg: TrainConfig, task: Task) -> bool:
+    """Whether a task has classes that all its examples share. ConfigError if the config asks for them in vain."""
+    if task.train_as == "classification" and len(task.labels) > 1:
+        return True
+    if cfg.adapter.init == "discriminant":
+        raise ConfigError(
+            f"adapter.init=discriminant tells a task's classes apart, and {task.name} has none that all its "
+            "examples share: use adapter.init=activations or kaiming"
+        )
+    return False
 
 
 def _batches(learning: RunUnderWay) -> list[list[Encoded]]:

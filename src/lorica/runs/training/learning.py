@@ -53,11 +53,13 @@ KINDS: dict[str, Callable[[RunUnderWay], Tuning]] = {
 
 def encode_splits(cfg: TrainConfig, ready: Ready) -> Rows:
     """The splits that the run looks at, tokenised."""
+    return {split: ready.encoded(chosen(ready.task, split, cfg.task)) for split in splits_of(cfg)}
+
+
+def splits_of(cfg: TrainConfig) -> list[Split]:
+    """The splits that a run looks at, each once."""
     during: list[Split] = ["dev"] if cfg.eval_steps or cfg.adapter.kind == "linear_probe" else []
-    return {
-        split: ready.encoded(chosen(ready.task, split, cfg.task))
-        for split in dict.fromkeys(["train", *during, cfg.eval_split])
-    }
+    return list(dict.fromkeys(["train", *during, cfg.eval_split]))
 
 
 def warn_of_fewer(rows: Rows, task: TaskConfig, say: Console) -> None:
@@ -93,10 +95,7 @@ class Learning:
     probe_rows: list[Encoded] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.cfg.boosting.judge == "probe":
-            self.rows["train"], self.probe_rows = _without(
-                self.rows["train"], self.cfg.boosting.probe_size, self.cfg.seed
-            )
+        self.rows["train"], self.probe_rows = parted(self.cfg, self.rows["train"])
         self.stream = TrainingStream(
             [row.length for row in self.rows["train"]],
             self.cfg.batch_size,
@@ -110,10 +109,7 @@ class Learning:
 
     @property
     def num_steps(self) -> int:
-        if self.cfg.num_epochs is not None:
-            return math.ceil(self.cfg.num_epochs * self.steps_per_epoch)
-        assert self.cfg.max_steps is not None
-        return self.cfg.max_steps
+        return num_steps(self.cfg, len(self.rows["train"]))
 
     @property
     def num_seconds(self) -> float:
@@ -121,7 +117,7 @@ class Learning:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.stream.batches_per_epoch / self.cfg.gradient_accumulation_steps)
+        return steps_per_epoch(self.cfg, len(self.rows["train"]))
 
     @property
     def evaluates(self) -> bool:
@@ -203,6 +199,18 @@ class Learning:
         return "\n".join([f"{task.name} ({task.kind}; {sizes}) on {where}", *self.tuning.told()])
 
 
+def num_steps(cfg: TrainConfig, num_rows: int) -> int:
+    """How many steps a resolved config asks for, where so many rows are trained on."""
+    if cfg.num_epochs is not None:
+        return math.ceil(cfg.num_epochs * steps_per_epoch(cfg, num_rows))
+    assert cfg.max_steps is not None
+    return cfg.max_steps
+
+
+def steps_per_epoch(cfg: TrainConfig, num_rows: int) -> int:
+    return math.ceil(math.ceil(num_rows / cfg.batch_size) / cfg.gradient_accumulation_steps)
+
+
 def config_identity(cfg: TrainConfig) -> dict[str, Any]:
     """Of a config, what decides the steps of a run."""
     ignored = {"output_dir", "resume", "force", "device", "logging_steps", "save_steps", "trackers", "tracking"}
@@ -218,9 +226,11 @@ def _identity(cfg: TrainConfig, ready: Ready) -> dict[str, Any]:
     }
 
 
-def _without(rows: list[Encoded], size: int, seed: int) -> tuple[list[Encoded], list[Encoded]]:
-    """(the rows to train on, the probe's rows)"""
-    size = min(size, len(rows) // 2)
-    taken = set(randomness.python_generator(seed, "probe").sample(range(len(rows)), size))
+def parted(cfg: TrainConfig, rows: list[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
+    """(the rows to train on, those that a probe holds out)"""
+    if cfg.boosting.judge != "probe":
+        return rows, []
+    size = min(cfg.boosting.probe_size, len(rows) // 2)
+    taken = set(randomness.python_generator(cfg.seed, "probe").sample(range(len(rows)), size))
     stay = [row for index, row in enumerate(rows) if index not in taken]
     return stay, [rows[index] for index in sorted(taken)]

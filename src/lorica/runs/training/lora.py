@@ -13,8 +13,9 @@ from lorica.adapters import informed, injection
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.injection import Live
 from lorica.card import About
-from lorica.config import TrainConfig
+from lorica.config import AdapterConfig, TrainConfig
 from lorica.errors import ConfigError
+from lorica.models import Base
 from lorica.results import RunFolder
 from lorica.runs.ready import Ready
 from lorica.runs.training.first_look import FirstLook, first_look
@@ -37,7 +38,7 @@ class Lora:
     live: Live = field(init=False)
 
     def __post_init__(self) -> None:
-        paths = targets(self.learning)
+        paths = targets(self.learning.ready.base, self.learning.cfg.adapter)
         self.look = look(self.learning, paths)
         self.first = draw(self.learning, paths, self.look)
 
@@ -89,9 +90,8 @@ class AdapterOutcome:
         )
 
 
-def targets(learning: RunUnderWay) -> list[str]:
+def targets(base: Base, settings: AdapterConfig) -> list[str]:
     """The modules that are adapted. Raises ConfigError where the adapter's profile could not carry what is trained."""
-    base, settings = learning.ready.base, learning.cfg.adapter
     if settings.profile == "portable" and base.heads:
         raise ConfigError(
             "adapter.profile=portable cannot carry a head, which this task trains: use adapter.profile=peft"

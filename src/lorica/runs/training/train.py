@@ -113,14 +113,22 @@ def _prepared(cfg: TrainConfig, together: Processes, say: Console) -> Learning:
         raise ConfigError(
             f"max_seconds={cfg.max_seconds:g} would end {together.num} processes at different steps: give max_steps"
         )
-    if cfg.compile:
-        compiled.check_compiler()
-    check(cfg.trackers)
+    check_machine(cfg)
     ready = prepare(cfg.model, cfg.task, cfg.device, cfg.seed, num_prefix=cfg.num_prefix)
     rows = encode_splits(cfg, ready)
     warn_of_fewer(rows, cfg.task, say)
     warn_of_truncation(rows, ready.max_length, say)
     return Learning(cfg, ready, rows, say, together, sharded)
+
+
+def check_machine(cfg: TrainConfig) -> None:
+    """Raise what this machine lacks for a run by the config: its device, a compiler, a library."""
+    choose_device(cfg.device)
+    if cfg.compile:
+        compiled.check_compiler()
+    if cfg.model.quantization == "int8":
+        models.int8()
+    check(cfg.trackers)
 
 
 def _is_sharded(cfg: TrainConfig, num_processes: int) -> bool:

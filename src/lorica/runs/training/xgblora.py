@@ -12,6 +12,7 @@ from lorica import randomness
 from lorica.adapters import injection
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.injection import Live
+from lorica.config import TrainConfig
 from lorica.evaluation.scoring import in_eval_mode
 from lorica.results import RunFolder
 from lorica.runs.training import lora
@@ -37,7 +38,7 @@ class XGBLora:
     live: Live | None = None
 
     def __post_init__(self) -> None:
-        self.targets = lora.targets(self.learning)
+        self.targets = lora.targets(self.learning.ready.base, self.learning.cfg.adapter)
         self.look = lora.look(self.learning, self.targets)
         self.first = self.new_booster(0)
 
@@ -104,7 +105,7 @@ class XGBLora:
         ranks = self.learning.cfg.boosting.ranks
         rank = ranks[min(number, len(ranks) - 1)] if ranks else None
         chain = self.ledger.chain() if self.ledger else Adapter({})
-        paths = self._targets_of(number)
+        paths = targets_of_round(self.learning.cfg, self.targets, number)
         new = lora.draw(self.learning, paths, self.look, rank=rank, round=number, chain=chain)
         before = self.ledger.boosters if self.ledger else []
         return Adapter(new.updates, before[-1].heads if before else new.heads, new.base_model)
@@ -135,15 +136,6 @@ class XGBLora:
             return None
         return self.learning.decided or Probe(self._probe, boosting.probe_k)
 
-    def _targets_of(self, number: int) -> list[str]:
-        """All targets, or the round's seeded share of them in their own order."""
-        fraction = self.learning.cfg.boosting.layer_fraction
-        if fraction == 1.0:
-            return self.targets
-        generator = randomness.python_generator(self.learning.cfg.seed, "layers", number)
-        taken = set(generator.sample(self.targets, max(1, round(fraction * len(self.targets)))))
-        return [path for path in self.targets if path in taken]
-
     @torch.no_grad()
     def _probe(self) -> Tensor:
         """(probe_size,) losses of the fixed held-out examples; no dropout, so two calls differ by the model alone."""
@@ -163,3 +155,13 @@ class XGBLora:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def targets_of_round(cfg: TrainConfig, targets: list[str], number: int) -> list[str]:
+    """All targets, or the round's seeded share of them in their own order."""
+    fraction = cfg.boosting.layer_fraction
+    if fraction == 1.0:
+        return targets
+    generator = randomness.python_generator(cfg.seed, "layers", number)
+    taken = set(generator.sample(targets, max(1, round(fraction * len(targets)))))
+    return [path for path in targets if path in taken]

@@ -45,8 +45,7 @@ class Running:
 
 def launch(jobs: Sequence[Job], *, num_workers: int | None = None) -> Iterator[Ended]:
     """Run the jobs in order, each as soon as a place is free; yield each as it ends."""
-    devices = _devices()
-    num_workers = min(num_workers or len(devices) or min(len(_cores()), MAX_WORKERS), max(1, len(jobs)))
+    devices, num_workers = _devices(), min(num_places(num_workers), max(1, len(jobs)))
     waiting, free = list(reversed(jobs)), places(_cores(), devices, num_workers)
     running: list[Running] = []
     with children.ended_by_sigterm():
@@ -62,6 +61,11 @@ def launch(jobs: Sequence[Job], *, num_workers: int | None = None) -> Iterator[E
                     time.sleep(LOOK_SECONDS)
         finally:
             children.end(each.child for each in running)
+
+
+def num_places(num_workers: int | None) -> int:
+    """As many as are asked for, else as there are devices, else cores, up to a limit."""
+    return num_workers or len(_devices()) or min(len(_cores()), MAX_WORKERS)
 
 
 def places(cores: Sequence[int], devices: Sequence[str], num_places: int) -> list[Place]:

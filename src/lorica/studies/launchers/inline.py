@@ -26,6 +26,11 @@ def launch(jobs: Sequence[Job], *, num_workers: int | None = None) -> Iterator[E
         yield ended(job, exit_code, time.monotonic() - begin)
 
 
+def num_places(num_workers: int | None) -> int:
+    """One, whatever is asked for."""
+    return 1
+
+
 def _exit_code(job: Job) -> int:
     """What a process of its own would exit with."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
