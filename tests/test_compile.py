@@ -30,7 +30,7 @@ from lorica.optim.compiled import CompiledBlocks, check_compiler
 from lorica.optim.directions import Directions
 from lorica.optim.probes import Probing
 from lorica.optim.zeroth_order import ZerothOrder
-from lorica.runs.training import round_trainer
+from lorica.runs.training import stretch_trainer
 from lorica.tasks.batching import Batch, ChoiceBatch
 from lorica.tasks.objectives import LossModule
 
@@ -267,7 +267,7 @@ def test_only_the_first_round_of_a_run_compiles_and_the_run_is_the_uncompiled_on
     plain, _ = train_opt(tmp_path / "plain", *words, "max_steps=6", compile=False)
     backend, counts = Counting(), []
     monkeypatch.setenv("CXX", sys.executable)  # which is not called
-    monkeypatch.setattr(round_trainer, "CompiledBlocks", partial(CompiledBlocks, backend=backend))
+    monkeypatch.setattr(stretch_trainer, "CompiledBlocks", partial(CompiledBlocks, backend=backend))
     for num_steps in (3, 6):
         run, said = train_opt(tmp_path / str(num_steps), *words, f"max_steps={num_steps}")
         counts.append(backend.num_compiled)

@@ -28,7 +28,7 @@ from lorica.config import ReplayConfig, TrainConfig
 from lorica.demo import language
 from lorica.errors import ConfigError, DriftError, InterruptedRunError
 from lorica.processes import Processes
-from lorica.runs.training import round_trainer
+from lorica.runs.training import stretch_trainer
 from lorica.tasks.batching import Batch, ChoiceBatch, HeadBatch, mapped, share
 from lorica.training import fit, sharding
 
@@ -194,7 +194,7 @@ def strays(patch: pytest.MonkeyPatch) -> None:
             next(iter(trainable.values())).data.view(-1)[0].add_(1e-6)
 
     patch.setattr(fit, "apply", apply)
-    patch.setattr(round_trainer, "SEGMENT", 5)
+    patch.setattr(stretch_trainer, "SEGMENT", 5)
 
 
 def test_drift_is_an_error_that_names_the_step(together: Pair, data: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from lorica.demo import language
 from lorica.errors import ConfigError, DataError, InterruptedRunError, MissingPathError, OutputExistsError
 from lorica.optim import probes
 from lorica.optim.replay import numerics, read_log
-from lorica.runs.training import learning, round_trainer
+from lorica.runs.training import learning, stretch_trainer
 from lorica.runs.training.replay import Replayed
 from lorica.training import checkpoints, fit
 from test_resume import Killed, dies_at
@@ -61,7 +61,7 @@ RUNS = {
 def often() -> Iterator[None]:
     """A checksum every 25 steps, so that short runs have some."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(round_trainer, "SEGMENT", 25)
+        patch.setattr(stretch_trainer, "SEGMENT", 25)
         yield
 
 

@@ -14,7 +14,7 @@ from lorica.adapters import peft_format
 from lorica.config import TrainConfig
 from lorica.demo import language
 from lorica.errors import ConfigError
-from lorica.runs.training import round_trainer
+from lorica.runs.training import stretch_trainer
 from lorica.training import fit
 from lorica.training.loss_meter import LossMeter, LossTrend
 from test_resume import Killed, dies_at, what_must_agree
@@ -198,7 +198,7 @@ def test_a_diverging_run_is_not_silent(data: Path, tmp_path: Path) -> None:
 def test_a_run_that_learns_nothing_says_so_and_logs_the_trend(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(round_trainer, "LossMeter", lambda: LossMeter(LossTrend(window=20)))
+    monkeypatch.setattr(stretch_trainer, "LossMeter", lambda: LossMeter(LossTrend(window=20)))
     run, said = train(*words_for(data, tmp_path / "run", "max_steps=24", "learning_rate=0"))
     steps = files.read_records(run / "training_loss.jsonl")
     assert [step["trend_t"] is None for step in steps] == [True] * 19 + [False] * 5

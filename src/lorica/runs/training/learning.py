@@ -26,7 +26,7 @@ from lorica.runs.training.linear_probe import LinearProbe
 from lorica.runs.training.lora import Lora
 from lorica.runs.training.prefix import PrefixTuning
 from lorica.runs.training.resuming import Resumed, differing
-from lorica.runs.training.round_trainer import RoundTrainer
+from lorica.runs.training.stretch_trainer import StretchTrainer
 from lorica.runs.training.tracking import Tracking
 from lorica.runs.training.tuning import Outcome, RunUnderWay, Tuning
 from lorica.runs.training.xgblora import XGBLora
@@ -137,7 +137,7 @@ class Learning:
                 names: tuple[Name, ...] = ("base dropout", *self.processes.own_names)
                 torch.manual_seed(randomness.key(self.cfg.seed, *names) & 0xFFFF_FFFF)
             with self._watched(run) as watchers, self._logged(run) as log:
-                trainer = RoundTrainer(self, run, interruption, resumed, watchers, log, tracking)
+                trainer = StretchTrainer(self, run, interruption, resumed, watchers, log, tracking)
                 outcome = self.tuning.train(run, trainer)
                 trainer.note_rounds()
         if outcome is None:

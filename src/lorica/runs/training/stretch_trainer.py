@@ -1,4 +1,4 @@
-"""One round of training as the run does it: optimizer, watchers, checkpoints, signals."""
+"""One stretch of training as the run does it: optimizer, watchers, checkpoints, signals."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from lorica.training.stretch import INTERRUPTED, Stretch
 
 @dataclass(frozen=True)
 class Held:
-    """What a round holds beside the run, and what a checkpoint inside it keeps."""
+    """What a stretch holds beside the run, and what a checkpoint inside it keeps."""
 
-    round: Stretch
+    stretch: Stretch
     trainable: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     dropout: torch.Generator
@@ -43,11 +43,11 @@ class Held:
 
 
 @dataclass
-class RoundTrainer:
-    """Trains rounds of one run, with a fresh optimizer each, and keeps checkpoints.
+class StretchTrainer:
+    """Trains the stretches of one run, with a fresh optimizer each, and keeps checkpoints.
 
-    A checkpoint stands between two steps of a round. One that falls due where a round ends is written at the start of
-    the next round, when the booster has been laid on; none is written at the run's last step.
+    A checkpoint stands between two steps of a stretch. One that falls due where a stretch ends is written at the start
+    of the next, when the booster has been laid on; none is written at the run's last step.
     """
 
     learning: RunUnderWay
@@ -70,17 +70,17 @@ class RoundTrainer:
             self.compiled = CompiledBlocks(blocks_of(self.learning.ready.base.model), self._warn)
             self.learning.say.print("the first step of each kind waits for the compiler", highlight=False)
 
-    def __call__(self, round: Stretch) -> str:
+    def __call__(self, stretch: Stretch) -> str:
         learning, cfg = self.learning, self.learning.cfg
         self.note_rounds()
         learning.ready.base.model.train(cfg.base_dropout)
-        round.live.set_training(cfg.trainer == "backprop")
-        trainable = round.live.trainable()
-        names: tuple[Name, ...] = ("dropout", round.number, *learning.processes.own_names)
+        stretch.live.set_training(cfg.trainer == "backprop")
+        trainable = stretch.live.trainable()
+        names: tuple[Name, ...] = ("dropout", stretch.number, *learning.processes.own_names)
         generator = torch_generator(cfg.seed, *names, device=learning.ready.device)
-        round.live.set_dropout_generator(generator)
-        zeroth_order = zeroth_order_of(cfg, round.live, self.probing) if cfg.trainer == "zo" else None
-        held = Held(round, trainable, optimizer_of(cfg, trainable, zeroth_order), generator, zeroth_order)
+        stretch.live.set_dropout_generator(generator)
+        zeroth_order = zeroth_order_of(cfg, stretch.live, self.probing) if cfg.trainer == "zo" else None
+        held = Held(stretch, trainable, optimizer_of(cfg, trainable, zeroth_order), generator, zeroth_order)
         self._restore(held)
         if learning.processes.num > 1:
             self._check_agreement(held, learning.progress.step)
@@ -99,7 +99,7 @@ class RoundTrainer:
             (make_batch([rows[index] for index in batch]) for batch in learning.stream.indices(start)),
             estimator=self.compiled.around(estimator) if self.compiled else estimator,
             optimizer=held.optimizer,
-            learning_rate=lambda step: learning.rate(step, round.first_step),
+            learning_rate=lambda step: learning.rate(step, stretch.first_step),
             num_steps=learning.num_steps,
             num_seconds=learning.num_seconds,
             progress=learning.progress,
@@ -125,8 +125,8 @@ class RoundTrainer:
                 self.log.end_round(decided)
 
     def _after(self, step: Step, held: Held) -> str | None:
-        round = held.round
-        reason = round.watch(step)
+        stretch = held.stretch
+        reason = stretch.watch(step)
         agreed = self._check_agreement(held, step.step) if step.step % SEGMENT == 0 else None
         if self.log is not None:
             self.log.step(step.step, step.weights if step.applied else None, step.learning_rate, agreed)
@@ -135,7 +135,7 @@ class RoundTrainer:
         for watcher in self.watchers:
             watcher(step)
         if self.tracking is not None:
-            self.tracking.step(step, round.live)
+            self.tracking.step(step, stretch.live)
         if self.learning.cfg.eval_steps and step.step % self.learning.cfg.eval_steps == 0:
             self._look_at_dev(step)
         every = self.learning.cfg.save_steps
@@ -197,13 +197,13 @@ class RoundTrainer:
         together.wait()
 
     def _commit(self, held: Held, generators: Sequence[tuple[Tensor, Tensor]]) -> None:
-        round = held.round
-        tensors: dict[str, Tensor] = {**round.tensors(), **checkpoints.optimizer_tensors(held.optimizer)}
+        stretch = held.stretch
+        tensors: dict[str, Tensor] = {**stretch.tensors(), **checkpoints.optimizer_tensors(held.optimizer)}
         for rank, (dropout, everyone) in enumerate(generators):
             tensors |= {f"generator|dropout|{rank}": dropout, f"generator|torch|{rank}": everyone}
         values: dict[str, Any] = {
             "progress": asdict(self.learning.progress),
-            "round": round.values(),
+            "round": stretch.values(),
             "best_dev_loss": self.learning.best_dev_loss,
             "identity": self.learning.identity,
             "checksum": checksum(held.trainable),
@@ -216,11 +216,11 @@ class RoundTrainer:
         checkpoints.save_checkpoint(self.run.checkpoints, snapshot)
 
     def _restore(self, held: Held) -> None:
-        """Put the checkpoint's state into the first round after a resume."""
+        """Put the checkpoint's state into the first stretch after a resume."""
         snapshot, self.resumed = self.resumed.snapshot, Resumed()
         if snapshot is None:
             return
-        held.round.restore(snapshot.tensors, snapshot.values["round"])
+        held.stretch.restore(snapshot.tensors, snapshot.values["round"])
         checkpoints.restore_optimizer(held.optimizer, snapshot.tensors)
         rank = self.learning.processes.rank
         dropout, everyone = (snapshot.tensors.get(f"generator|{name}|{rank}") for name in ("dropout", "torch"))
