@@ -53,6 +53,7 @@ MEZO = {
     "zo.distribution": "gaussian",
     "zo.normalize": "none",
     "zo.train": "both",
+    "stratified": "false",
 }
 ARMS: dict[str, dict[str, Any]] = {
     "mezo": MEZO,

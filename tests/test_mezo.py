@@ -37,6 +37,7 @@ def test_what_is_not_set_is_as_mezo_has_it() -> None:
     cfg = read({"MODE": "lora", "TASK": "SST2", "BS": ""})
     assert (cfg.model.name, cfg.batch_size, cfg.learning_rate) == ("facebook/opt-1.3b", 16, 1e-5)
     assert (cfg.zo.epsilon, cfg.max_steps, cfg.eval_steps, cfg.task.num_dev) == (1e-3, 20000, 4000, 500)
+    assert cfg.resolved().stratified is False, "its batches are drawn from all examples alike"
     assert read({"TASK": "CB", "MODE": "lora"}).task.num_dev == 100
     assert read({"TASK": "CB", "MODE": "lora", "DEV": "70"}).task.num_dev == 70
     assert read({"TASK": "SQuAD", "MODE": "lora"}).train_as == "lm"

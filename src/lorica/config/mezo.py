@@ -52,6 +52,7 @@ def tree_of(environment: Mapping[str, str]) -> dict[str, Any]:
         "trainer": "zo",
         "learning_rate": _number("LR", given),
         "batch_size": _whole("BS", given),
+        "stratified": False,
         "max_steps": _whole("STEPS", given),
         "eval_steps": _whole("EVAL_STEPS", given),
         "save_steps": _whole("EVAL_STEPS", given),
