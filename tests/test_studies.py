@@ -141,7 +141,7 @@ def test_forwards_of_a_step(estimator: str, probes: int) -> None:
         (["max_steps=3", "max_seconds=3"], "max_steps and max_seconds are both given"),
         (
             ["max_forwards=3", "trainer=zo"],
-            "on topic: max_forwards=3 is less than one step takes, which is 8",
+            "arm 'lora' on topic: max_forwards=3 is less than one step takes, which is 8",
         ),
         (["seed=3"], "seed is no key of a study: a study takes seeds"),
         (["learning_rate=1e-3", "tune=true"], "learning_rate=0.001 is every arm's rate, and tune=true"),

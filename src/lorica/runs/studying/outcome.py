@@ -199,14 +199,14 @@ def _cell(arm: str, task: str, finals: Sequence[Found]) -> Record:
     runs = [each for each in finals if (each.planned.arm, each.planned.task) == (arm, task)]
     done = [each for each in runs if each.is_done]
     first = done[0] if done else None
-    higher = first.evaluation["metrics"][first.metric]["higher_is_better"] if first else None
+    higher = first.higher_is_better if first else None
     mean = _mean(done)
     return {
         "arm": arm,
         "task": task,
         "learning_rate": _run(runs[0])["learning_rate"] if runs else None,
         "metric": first.metric if first else None,
-        "higher_is_better": first.higher_is_better if first else None,
+        "higher_is_better": higher,
         "scores": {str(each.planned.seed): each.score for each in done},
         "mean": mean.mean,
         "low": mean.low,
