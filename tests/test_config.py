@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
-from lorica import config
+from lorica import cli, config, tables
 from lorica.config import FLAGS, CompareConfig, EvaluateConfig, MergeConfig, SweepConfig, TrainConfig
 from lorica.errors import ConfigError, LoricaError, MissingPathError, UnknownNameError
 
@@ -126,3 +128,11 @@ def test_shipped_configs_are_valid() -> None:
         of_runs = CompareConfig if "arms" in tree else TrainConfig
         schema = of_merges if path.parent.name == "merge" else of_runs
         assert isinstance(config.check(schema, tree), BaseModel)
+
+
+def test_every_key_of_every_verb_is_listed() -> None:
+    listed = set(tables.listing("keys").columns[0].cells)
+    of_verbs = [getattr(config, name) for name in re.findall(r"config\.(\w+Config)", inspect.getsource(cli))]
+    assert len(set(of_verbs)) >= 12
+    for schema in of_verbs:
+        assert {key for key, _, _ in config.documented(schema)} <= listed, schema

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from pydantic import BaseModel
 from rich.table import Table
 
 from lorica import config, plugins
@@ -9,6 +12,21 @@ from lorica.errors import UnknownNameError
 from lorica.plugins import Catalogue
 from lorica.tables.cells import columns
 
+VERBS: Mapping[str, type[BaseModel]] = {
+    "train": config.TrainConfig,
+    "merge": config.MergeConfig,
+    "sweep": config.SweepConfig,
+    "compare": config.CompareConfig,
+    "ablate": config.AblateConfig,
+    "evaluate": config.EvaluateConfig,
+    "inspect": config.InspectConfig,
+    "verify": config.VerifyConfig,
+    "report": config.ReportConfig,
+    "plan": config.PlanConfig,
+    "replay": config.ReplayConfig,
+    "export": config.ExportConfig,
+    "demo": config.DemoConfig,
+}
 LISTS = ("tasks", "methods", "transforms", "optimizers", "flags", "keys")
 
 
@@ -29,24 +47,31 @@ def listing(what: str) -> Table:
         learners.caption = "the options that they share (variant, steps, learning_rate, ...) are in docs/merging.md"
         return learners
     if what == "flags":
-        studies: dict[str, type[config.StudyConfig]] = {"compare": config.CompareConfig, "ablate": config.AblateConfig}
-        own = {f"{name} ({verb})": flag for verb, schema in studies.items() for name, flag in schema.flags.items()}
-        flags = {**config.FLAGS, **own}
-        return columns(("flag", "sets"), [(f"--{name}", _meaning(flag)) for name, flag in flags.items()])
+        return columns(("flag", "sets"), _flags())
     if what == "keys":
-        of_merges = config.documented(config.MergeConfig)
-        merging = [(key, default, f"merge: {meaning}") for key, default, meaning in of_merges]
-        of_sweeps = [row for row in config.documented(config.SweepConfig) if row not in of_merges]
-        sweeping = [(key, default, f"sweep: {meaning}") for key, default, meaning in of_sweeps]
-        studying = [(key, default, f"compare: {meaning}") for key, default, meaning in _own_of_studies()]
-        rows = [*config.documented(config.TrainConfig), *merging, *sweeping, *studying]
-        return columns(("key", "default", "meaning"), rows)
+        return columns(("key", "default", "meaning"), _keys())
     raise UnknownNameError(plugins.unknown("list", what, LISTS))
 
 
-def _own_of_studies() -> list[tuple[str, str, str]]:
-    """The keys of both kinds of study, each once."""
-    return list(dict.fromkeys([*config.documented(config.CompareConfig), *config.documented(config.AblateConfig)]))
+def _flags() -> list[tuple[str, str]]:
+    studies: dict[str, type[config.StudyConfig]] = {"compare": config.CompareConfig, "ablate": config.AblateConfig}
+    own = {f"{name} ({verb})": flag for verb, schema in studies.items() for name, flag in schema.flags.items()}
+    return [(f"--{name}", _meaning(flag)) for name, flag in {**config.FLAGS, **own}.items()]
+
+
+def _keys() -> list[tuple[str, str, str]]:
+    """(key, default, meaning) of every key, a verb's name before the meaning from the second verb on.
+
+    What a verb takes as an earlier one does is not told again.
+    """
+    verbs: dict[tuple[str, str, str], str] = {}
+    for verb, schema in VERBS.items():
+        for row in config.documented(schema):
+            verbs.setdefault(row, verb)
+    return [
+        (key, default, meaning if verb == "train" else f"{verb}: {meaning}".rstrip(": "))
+        for (key, default, meaning), verb in verbs.items()
+    ]
 
 
 def _plugins(catalogue: Catalogue, function: str) -> Table:

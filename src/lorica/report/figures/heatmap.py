@@ -106,28 +106,9 @@ def _tiles(
     """Blue above zero, red below, the stronger the further; from one on as strong as can be read on."""
 
     def on(axes: Any) -> None:
-        from matplotlib.patches import Rectangle
-
         for y, row in enumerate(rows):
             for x, column in enumerate(columns):
-                value = values.get((row, column))
-                if value is not None:
-                    colour = canvas.GAIN if value >= 0 else canvas.LOSS
-                    strength = 0.06 + (STRONGEST - 0.06) * min(1.0, abs(value))
-                    axes.add_patch(
-                        Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, color=colour, alpha=strength, linewidth=0)
-                    )
-                text = shown.get((row, column), "")
-                size = 9.5 if "\n" not in text else 6.5
-                axes.text(
-                    x,
-                    y,
-                    text,
-                    ha="center",
-                    va="center",
-                    size=size,
-                    color=canvas.INK if value is not None else canvas.MUTED,
-                )
+                _tile(axes, x, y, values.get((row, column)), shown.get((row, column), ""))
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xticks(range(len(columns)), [words.short(column, 12) for column in columns])
@@ -138,3 +119,14 @@ def _tiles(
 
     width = max(canvas.WIDTH, NAME_INCHES + TILE_INCHES[0] * len(columns))
     return canvas.panel(name, title, alt, on, height=0.9 + TILE_INCHES[1] * len(rows), width=width)
+
+
+def _tile(axes: Any, x: int, y: int, value: float | None, text: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    if value is not None:
+        colour = canvas.GAIN if value >= 0 else canvas.LOSS
+        strength = 0.06 + (STRONGEST - 0.06) * min(1.0, abs(value))
+        axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, color=colour, alpha=strength, linewidth=0))
+    ink = canvas.MUTED if value is None else canvas.INK
+    axes.text(x, y, text, ha="center", va="center", size=6.5 if "\n" in text else 9.5, color=ink)
