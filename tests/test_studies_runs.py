@@ -67,13 +67,14 @@ def finished(folder: Path) -> dict[str, int]:
 
 def test_a_comparison_leaves_its_whole_folder(compare: Lorica, tmp_path: Path) -> None:
     words = ("--arms", "lora", "full", "linear_probe", "learning_rates=[1e-30, 1e-2]", "max_steps=2", "seeds=[0, 1]")
-    printed = compare(*words, "task.kind=classification")
+    printed = compare(*words, "task.kind=classification", "save_steps=1")
     study = tmp_path / "study"
     assert printed.strip().splitlines()[-1] == str(study)
     assert {each.name for each in study.iterdir()} == {
         *("study.yaml", "study.json", "study.csv", "origin.json", "README.md", ".lock", "runs"),
         *("loss.png", "loss.svg", "loss.csv"),
     }
+    assert not list(study.rglob("checkpoints"))
     found = files.read_json(study / "study.json")
     assert (found["kind"], found["finished"], found["budget"]) == ("compare", True, {"unit": "steps", "amount": 2})
     assert [(each["arm"], each["role"]) for each in found["runs"]] == [

@@ -107,9 +107,10 @@ class UnderWay:
                 files.write_json(self.folder / OUTCOME, outcome(self.plan, self.folder))
 
     def _note(self, found: Found, ended: Ended) -> None:
-        """Tell how a run ended; a failure is written down."""
+        """Tell how a run ended; a failure is written down, and what a finished run would have gone on from is removed."""
         folder = str(found.planned.folder)
         if ended.error is None:
+            shutil.rmtree(found.run.checkpoints, ignore_errors=True)
             self.say.print(f"{folder}: {ended.seconds:.0f} s", highlight=False, markup=False, soft_wrap=True)
             return
         self.say.print(f"{folder}: {ended.error}", highlight=False, markup=False, soft_wrap=True)
