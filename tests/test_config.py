@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from lorica import cli, config, tables
-from lorica.config import FLAGS, CompareConfig, EvaluateConfig, MergeConfig, SweepConfig, TrainConfig
+from lorica.config import FLAGS, CompareConfig, EvaluateConfig, MergeConfig, SweepConfig, TrainConfig, VerifyConfig
 from lorica.errors import ConfigError, LoricaError, MissingPathError, UnknownNameError
 
 
@@ -136,3 +136,26 @@ def test_every_key_of_every_verb_is_listed() -> None:
     assert len(set(of_verbs)) >= 12
     for schema in of_verbs:
         assert {key for key, _, _ in config.documented(schema)} <= listed, schema
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "RUN --speed --model demo seed=3",
+        "--speed RUN --model demo seed=3",
+        "--speed --model demo RUN seed=3",
+        "--speed true --model demo seed=3 RUN",
+    ],
+)
+def test_what_a_verb_is_asked_about_may_stand_anywhere(words: str) -> None:
+    targets, others = config.targets_apart(VerifyConfig, words.split())
+    cfg = config.read(VerifyConfig, others)
+    assert targets == ["RUN"]
+    assert cfg.model is not None and (cfg.model.name, cfg.speed, cfg.seed) == ("demo", True, 3)
+
+
+def test_words_behind_a_list_are_its_own() -> None:
+    words = ["a", "--tasks", "x", "y", "task.path=d/{task}", "b=c/d", "runs/b=c", "f.yaml"]
+    assert config.targets_apart(EvaluateConfig, words) == (["a", "runs/b=c"], [*words[1:6], "f.yaml"])
+    with pytest.raises(UnknownNameError, match="--tusks"):
+        config.targets_apart(EvaluateConfig, ["a", "--tusks", "x"])

@@ -112,9 +112,9 @@ def evaluate(context: typer.Context) -> None:
     with _imports():
         from lorica import config, runs, tables
 
-    targets = _leading(context.args)
+    targets, words = config.targets_apart(config.EvaluateConfig, context.args)
     beneath = {"targets": targets} if targets else {}
-    given = config.read(config.EvaluateConfig, context.args[len(targets) :], beneath)
+    given = config.read(config.EvaluateConfig, words, beneath)
     if given.is_matrix:
         done = runs.evaluate_matrix(given, ERR)
         for line in tables.matrix(done, OUT.width):
@@ -134,10 +134,10 @@ def replay(context: typer.Context) -> None:
     with _imports():
         from lorica import config, runs
 
-    targets = _leading(context.args)
+    targets, words = config.targets_apart(config.ReplayConfig, context.args)
     if len(targets) != 1:
         raise ConfigError(f"replay takes one run, and was given {len(targets)}: lorica replay RUN output_dir=DIR")
-    done = runs.replay(targets[0], config.read(config.ReplayConfig, context.args[1:]))
+    done = runs.replay(targets[0], config.read(config.ReplayConfig, words))
     for remark in done.remarks:
         ERR.print(f"warning: {remark}", highlight=False, markup=False, soft_wrap=True)
     OUT.print(done.told(), highlight=False, soft_wrap=True)
@@ -152,10 +152,10 @@ def export(context: typer.Context) -> None:
     with _imports():
         from lorica import config, runs
 
-    targets = _leading(context.args)
+    targets, words = config.targets_apart(config.ExportConfig, context.args)
     if len(targets) != 1:
         raise ConfigError(f"export takes one run, and was given {len(targets)}: lorica export RUN output_dir=DIR")
-    done = runs.export(targets[0], config.read(config.ExportConfig, context.args[1:]))
+    done = runs.export(targets[0], config.read(config.ExportConfig, words))
     OUT.print(done.told(), highlight=False)
     OUT.print(str(done.folder), highlight=False, soft_wrap=True)
 
@@ -173,8 +173,8 @@ def merge(context: typer.Context) -> None:
     words = list(context.args)
     if "--audit" in words:
         words.remove("--audit")
-        targets = _leading(words)
-        cfg = config.read(config.MergeConfig, [*words[len(targets) :], "--adapters", *targets[1:]])
+        targets, words = config.targets_apart(config.MergeConfig, words)
+        cfg = config.read(config.MergeConfig, [*words, "--adapters", *targets[1:]])
         OUT.print(tables.merge_audit(runs.audit_merge(targets, cfg)))
         return
     asked = [word for word in ("--plan", "--diagnose") if word in words]
@@ -235,8 +235,8 @@ def inspect(context: typer.Context) -> None:
     with _imports():
         from lorica import config, runs, tables
 
-    targets = _leading(context.args)
-    given = config.read(config.InspectConfig, context.args[len(targets) :])
+    targets, words = config.targets_apart(config.InspectConfig, context.args)
+    given = config.read(config.InspectConfig, words)
     found = runs.inspect(targets, given)
     for line in tables.inspection(found, energy_at=given.energy_at, every_module=given.all):
         OUT.print(line, highlight=False, soft_wrap=isinstance(line, str))
@@ -296,10 +296,10 @@ def verify(context: typer.Context) -> None:
         from lorica import config, runs, tables
         from lorica.demo import proof
 
-    targets = _leading(context.args)
+    targets, words = config.targets_apart(config.VerifyConfig, context.args)
     if len(targets) > 1:
         raise ConfigError(f"verify takes one run or adapter, and was given {len(targets)}: lorica verify RUN")
-    given = config.read(config.VerifyConfig, context.args[len(targets) :])
+    given = config.read(config.VerifyConfig, words)
     found = runs.verify(targets[0], given, ERR) if targets else proof.prove(given, ERR)
     for line in tables.verification(found):
         OUT.print(line, highlight=False, soft_wrap=isinstance(line, str))
@@ -315,8 +315,8 @@ def report(context: typer.Context) -> None:
     with _imports():
         from lorica import config, runs
 
-    targets = _leading(context.args)
-    page = runs.report(targets, config.read(config.ReportConfig, context.args[len(targets) :]))
+    targets, words = config.targets_apart(config.ReportConfig, context.args)
+    page = runs.report(targets, config.read(config.ReportConfig, words))
     OUT.print(str(page), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -358,14 +358,6 @@ def _imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def _leading(words: list[str]) -> list[str]:
-    """The words before the first key=value, flag or YAML file."""
-    for index, word in enumerate(words):
-        if "=" in word or word.startswith("--") or word.endswith((".yaml", ".yml")):
-            return words[:index]
-    return words
 
 
 def _of_mode(mode: str, words: list[str]) -> list[str]:

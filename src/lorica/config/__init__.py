@@ -11,7 +11,7 @@ from lorica.config.merging import (
     SweepConfig,
     TransformConfig,
 )
-from lorica.config.reading import check, documented, dump, keys, read, read_yaml, set_key
+from lorica.config.reading import check, documented, dump, keys, read, read_yaml, set_key, targets_apart
 from lorica.config.schema import (
     AdapterConfig,
     BoostingConfig,
@@ -71,4 +71,5 @@ __all__ = [
     "read",
     "read_yaml",
     "set_key",
+    "targets_apart",
 ]

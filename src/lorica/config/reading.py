@@ -45,6 +45,30 @@ def read(schema: type[AnyConfig], words: Sequence[str], beneath: Mapping[str, An
     return check(schema, tree)
 
 
+def targets_apart(schema: type[Section], words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(bare words, which name what a verb is asked about; all others, for `read`), each in their order.
+
+    A bare word behind a flag that takes several values is one of them. Raises as `read` does for an unknown flag.
+    """
+    known, flags = keys(schema), {**FLAGS, **schema.flags}
+    targets: list[str] = []
+    others: list[str] = []
+    queue = list(words)
+    while queue:
+        word, behind = queue[0], queue[1:]
+        if word == "--config":
+            behind = behind[1:]
+        elif word.startswith("--"):
+            _flag(word, behind, known, flags)
+        elif not ASSIGNMENT.match(word) and not word.endswith((".yaml", ".yml")):
+            targets.append(word)
+            queue = behind
+            continue
+        others += queue[: len(queue) - len(behind)]
+        queue = behind
+    return targets, others
+
+
 def check(schema: type[AnyConfig], tree: Any) -> AnyConfig:
     """`tree` (nested dicts) as a config, its first mistake told in one line that names the key and the value."""
     try:

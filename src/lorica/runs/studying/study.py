@@ -107,7 +107,7 @@ class UnderWay:
                 files.write_json(self.folder / OUTCOME, outcome(self.plan, self.folder))
 
     def _note(self, found: Found, ended: Ended) -> None:
-        """Tell how a run ended; a failure is written down, and what a finished run would have gone on from is removed."""
+        """Tell how a run ended: of a finished one nothing is kept to go on from, and a failure is written down."""
         folder = str(found.planned.folder)
         if ended.error is None:
             shutil.rmtree(found.run.checkpoints, ignore_errors=True)
