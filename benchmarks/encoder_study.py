@@ -2,10 +2,10 @@
 
     LORICA_SHARED=FOLDER python benchmarks/encoder_study.py [--study FOLDER] [--steps 1000] [--workers 2]
 
-It is one `lorica compare`, which it prints: every arm's rate is chosen on dev from three, half a decade apart, and
-what is told is of 1,000 test examples. LoRA and XGBLoRA update every linear layer, as full tuning does; the eight
-boosters of XGBLoRA are as large as LoRA's update. The same command goes on where a study was left. Its outcome and
-where that comes from are written to results/encoder_study.json.
+It is one `lorica compare`, which it prints: every arm's rate is chosen on dev from three, and what is told is of 1,000
+test examples. The arm `lora` updates every linear layer, as full tuning does; those called `_qv` query and value alone,
+which is the default. The eight boosters of XGBLoRA are as large as LoRA's update there. The same command goes on where
+a study was left. Its outcome and where that comes from are written to results/encoder_study.json.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LORICA_SHARED", "shared")).resolve()
 ARMS = [
     "{name: lora, overrides: {adapter.targets: all-linear}, learning_rates: [3e-4, 1e-3, 3e-3]}",
-    "{name: xgblora, overrides: {adapter.targets: all-linear}, learning_rates: [1e-3, 3e-3, 1e-2]}",
     "{name: full, learning_rates: [3e-5, 1e-4, 3e-4]}",
+    "{name: lora_qv, overrides: {adapter.kind: lora}, learning_rates: [5e-4, 1e-3, 2e-3]}",
+    "{name: xgblora_qv, overrides: {adapter.kind: xgblora}, learning_rates: [1e-3, 3e-3, 1e-2]}",
 ]
 WORDS = [
     f"arms=[{', '.join(ARMS)}]",
