@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -337,6 +338,33 @@ def test_thresholds_count_what_equals_them(monkeypatch: pytest.MonkeyPatch) -> N
     steps = (torch.arange(120) // 10).float().view(12, 10)  # ten each of 0 to 11
     assert kth_largest(OneModule(module([steps, -steps])), 0.125) == [Threshold(10.0, 5)] * 2
     assert kth_largest(OneModule(module([zero((12, 10))])), 0.5) == [Threshold(0.0, 60)]
+
+
+@pytest.mark.parametrize("bits", [3, 12])
+def test_thresholds_are_exact_however_few_the_bins(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    monkeypatch.setattr(thresholds, "SAMPLED_ENTRIES", 40)
+    monkeypatch.setattr(thresholds, "BINS_BITS", bits)
+    given = [module([each.dense() for each in updates((30, 20), at)]) for at in range(3)]
+    expected = [
+        torch.topk(torch.cat([torch.as_tensor(each.updates[i]).abs().flatten() for each in given]), 360).values[-1]
+        for i in range(3)
+    ]
+    assert kth_largest(AllModules(given), 0.2) == [Threshold(float(value), 0) for value in expected]
+
+
+def test_thresholds_hold_no_more_for_more_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter that lacks most modules, as a union has them, has the threshold 0, which as many entries equal."""
+    monkeypatch.setattr(thresholds, "SAMPLED_ENTRIES", 40)
+    monkeypatch.setattr(thresholds, "BINS_BITS", 10)
+    peaks = []
+    for num_modules in (4, 40):
+        empty = [module([zero((100, 100))]) for _ in range(num_modules)]
+        tracemalloc.start()
+        found = kth_largest(AllModules(empty), 0.5)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert found == [Threshold(0.0, num_modules * 5000)]
+    assert peaks[1] < peaks[0] + 10_000 * 4  # one module's entries
 
 
 def test_a_sample_stands_for_rows_and_columns_of_any_size() -> None:
