@@ -34,9 +34,12 @@ class Source(Place):
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file of weights."""
-        with files.open_regular(self.folder / peft_format.WEIGHTS_FILE) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Of the config, whose alpha and ranks scale the factors, and the weights."""
+        found = hashlib.sha256()
+        for name in (peft_format.CONFIG_FILE, peft_format.WEIGHTS_FILE):
+            with files.open_regular(self.folder / name) as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        return found.hexdigest()
 
     def as_record(self) -> dict[str, Any]:
         ranks = sorted({update.rank for update in self.adapter.updates.values()})
@@ -64,12 +67,32 @@ def locate(words: Sequence[str], runs_dir: Path) -> list[Place]:
     A word is a PEFT folder, a run folder, the name of a run in `runs_dir`, or a task, which means its newest finished
     run there. Raises MissingPathError, with the nearest names, for any other.
     """
-    places: list[Place] = []
+    found = []
     for word in words:
         folder, run = _found(word, runs_dir)
-        cfg = config.check(TrainConfig, config.read_yaml(run.config)) if run else None
-        places.append(Place(unused(_name(folder, cfg), [each.name for each in places]), folder, cfg))
-    return places
+        found.append((folder, config.check(TrainConfig, config.read_yaml(run.config)) if run else None))
+    names = _apart([_name(folder, cfg) for folder, cfg in found], [folder.resolve() for folder, _ in found])
+    return [Place(name, folder, cfg) for name, (folder, cfg) in zip(names, found, strict=True)]
+
+
+def _apart(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """Equal names told apart by the folders around, then by number, in the folders' order.
+
+    Random masks are keyed by names, so a name must not hang on where its adapter stands among the words.
+    """
+    apart = list(names)
+    taken: list[str] = []
+    for at in sorted(range(len(names)), key=lambda at: (folders[at], at)):
+        around = {_around(folder) for name, folder in zip(names, folders, strict=True) if name == names[at]}
+        longer = files.slug(f"{names[at]}-{_around(folders[at])}")
+        apart[at] = unused(names[at] if len(around) == 1 else longer, taken)
+        taken.append(apart[at])
+    return apart
+
+
+def _around(folder: Path) -> str:
+    """The name of the folder that an adapter's own lies in."""
+    return folder.parent.name
 
 
 def _found(word: str, runs_dir: Path) -> tuple[Path, results.RunFolder | None]:
