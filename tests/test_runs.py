@@ -191,6 +191,16 @@ def test_a_loss_that_is_nan_ends_the_run_with_the_adapter_unharmed(data: Path, t
     assert [(step["loss"], step["applied"]) for step in steps] == [(None, False)] * 10
 
 
+@pytest.mark.parametrize(("kind", "rate"), [("lora", "1e38"), ("lora", "1e18"), ("full", "1e38"), ("xgblora", "1e38")])
+def test_a_short_run_that_diverges_is_told_to_lower_its_rate(data: Path, tmp_path: Path, kind: str, rate: str) -> None:
+    out = tmp_path / "out"
+    words = (f"task.path={data / 'topic'}", f"adapter.kind={kind}", f"learning_rate={rate}", f"output_dir={out}")
+    rounds = ("boosting.steps_per_iteration=2",) if kind == "xgblora" else ()
+    with pytest.raises(NonFiniteLossError, match="lower learning_rate=1e"):
+        lorica("train", *SHORT, *words, *rounds)
+    assert not (out / "record.json").exists()
+
+
 @pytest.mark.parametrize("size", [0, 4, 100, 5000])
 def test_a_truncated_adapter_is_told_in_one_line(data: Path, tmp_path: Path, size: int) -> None:
     run = tmp_path / "run"

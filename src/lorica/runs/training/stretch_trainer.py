@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.adapters.branches import blocks_of
-from lorica.errors import DriftError
+from lorica.errors import DriftError, NonFiniteLossError
 from lorica.optim.backprop import BackpropTogether, Estimator, averaged, backprop
 from lorica.optim.compiled import CompiledBlocks
 from lorica.optim.probes import Probing
@@ -93,7 +93,7 @@ class StretchTrainer:
         estimator = zeroth_order or self._backprop(objective)
         rows, make_batch = learning.rows["train"], learning.ready.collate(gold_only=learning.train_as == "lm")
         start = learning.progress.step * cfg.gradient_accumulation_steps
-        return fit(
+        reason = fit(
             objective,
             trainable,
             (make_batch([rows[index] for index in batch]) for batch in learning.stream.indices(start)),
@@ -107,6 +107,20 @@ class StretchTrainer:
             max_grad_norm=cfg.max_grad_norm,
             on_step=lambda step: self._after(step, held),
         )
+        self._check_size(trainable)
+        return reason
+
+    def _check_size(self, trainable: Mapping[str, nn.Parameter]) -> None:
+        """Raise NonFiniteLossError where a parameter's norm is NaN or beyond float32: nothing can be made of that.
+
+        A round that may be rolled back ends at its best step, whatever came after it.
+        """
+        norms = torch.stack(torch._foreach_norm(list(trainable.values())))
+        if not norms.isfinite().all() and not self.learning.cfg.boosting.use_adaptive_merge:
+            raise NonFiniteLossError(
+                f"what was trained is NaN or of no size that could be used after step {self.learning.progress.step}: "
+                f"lower learning_rate={self.learning.cfg.learning_rate:g}"
+            )
 
     def _backprop(self, objective: LossModule) -> Estimator:
         together = self.learning.processes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from rich.console import Console
 from lorica import card, config, files, models, processes, results
 from lorica.config import TrainConfig
 from lorica.config.contradictions import LOW_RANK
-from lorica.errors import ConfigError
+from lorica.errors import ConfigError, NonFiniteLossError
 from lorica.evaluation.evaluate import Evaluation
 from lorica.evaluation.predictions import write_predictions
 from lorica.models import choose_device
@@ -178,6 +179,9 @@ def _trained(learning: Learning, run: RunFolder, resumed: Resumed, tracking: Tra
     trained = None
     if learning.evaluates:
         found = learning.ready.evaluated(cfg.eval_split, learning.rows[cfg.eval_split], cfg.eval_batch_size)
+        if not math.isfinite(found.loss):
+            told = f"the loss on {cfg.eval_split} is {found.loss} after training"
+            raise NonFiniteLossError(f"{told}: lower learning_rate={cfg.learning_rate:g}")
         trained = Trained(run, found, time.monotonic() - begin)
         if tracking is not None:
             tracking.evaluation(found, outcome)
