@@ -1,19 +1,29 @@
-"""Folders as the commands leave them, made on the spot: what a report is tried on."""
+"""Folders as the commands leave them, made on the spot: what a report is tried on; and how its page is read."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 
 import tiny
-from lorica import files
+from lorica import config, files, results
 from lorica.adapters import peft_format
 from lorica.adapters.adapter import Adapter
+from lorica.config import CompareConfig
+from lorica.config.studies import KINDS
+from lorica.report import page, reading
+from lorica.runs.studying.outcome import FAILURES, State, chosen_rates, found_runs, outcome
+from lorica.runs.studying.plan import Planned, planned
 
 ORIGIN: dict[str, Any] = {
     "command": ["lorica", "train", "model=demo"],
@@ -27,8 +37,12 @@ ORIGIN: dict[str, Any] = {
     "seed": 0,
     "started": "2026-01-02T03:04:05Z",
 }
-LEVELS = {"lora": 0.90, "xgblora": 0.87, "full": 0.91, "prefix": 0.72}
-NUM_STEPS = 120
+LEVELS = {"lora": 0.90, "xgblora": 0.87, "full": 0.90, "prefix": 0.72}
+SLOPES = {"full": 0.02}  # by seed
+SIZES = {"lora": 4096, "xgblora": 1024, "full": 948_864, "prefix": 2048}  # in trainable parameters
+RATES = (1e-4, 1e-3, 1e-2)
+NUM_STEPS, NUM_EXAMPLES = 120, 200
+VOID = {"meta", "link", "input", "br", "hr", "img"}
 
 
 def run(
@@ -40,20 +54,24 @@ def run(
     score: float | None = 0.9,
     rounds: bool = False,
     adapter: bool = True,
-    **config: Any,
+    **keys: Any,
 ) -> Path:
     """A training run's folder; without a score it is not finished."""
-    folder.mkdir(parents=True)
     tree = {"model": {"name": "demo"}, "task": {"name": None, "path": f"data/{task}"}, "adapter": {"kind": arm}}
-    tree |= {"seed": seed, "learning_rate": 1e-3, "eval_split": "test", "output_dir": str(folder), **config}
-    (folder / "config.yaml").write_text(json.dumps(tree), "utf-8")
-    files.write_json(folder / "origin.json", ORIGIN | {"seed": seed})
-    (folder / "training_loss.jsonl").write_text("".join(map(files.record_line, losses(seed, arm))), "utf-8")
+    tree |= {"seed": seed, "learning_rate": 1e-3, "eval_split": "test", "output_dir": str(folder), **keys}
+    return left(folder, tree, score, rounds=rounds, adapter=adapter)
+
+
+def left(
+    folder: Path, tree: Mapping[str, Any], score: float | None, *, rounds: bool = False, adapter: bool = True
+) -> Path:
+    """What a run with the config `tree` leaves."""
+    begin(folder, tree)
     if rounds:
         lines = [ended(number) for number in range(4)]
         (folder / "ledger.jsonl").write_text("".join(map(files.record_line, lines)), "utf-8")
     if adapter:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(tree["seed"])
         updates = {
             f"model.layers.{layer}.{name}": tiny.update((24, 16), 4, 0.5, generator)
             for layer in range(2)
@@ -61,23 +79,37 @@ def run(
         }
         peft_format.write(Adapter(updates, {}, "demo"), folder / "adapter", task_type="CAUSAL_LM")
     if score is not None:
-        files.write_json(folder / "eval_results_test.json", evaluation(task, score))
-        record = {
-            "config": tree,
-            "metrics": {"test_accuracy": score},
-            "origin": ORIGIN | {"seed": seed},
-            "timing": {"seconds": 12.5 + seed, "peak_bytes": 600_000_000 + 1_000_000 * len(arm)},
-            "efficiency": {"num_trainable": 1024 * len(arm), "num_parameters": 948_864, "forwards": NUM_STEPS},
-        }
-        files.write_json(folder / "record.json", record)
+        end(folder, tree, score)
     return folder
+
+
+def begin(folder: Path, tree: Mapping[str, Any]) -> None:
+    """What a run has left before it is evaluated."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(json.dumps(tree), "utf-8")
+    files.write_json(folder / "origin.json", ORIGIN | {"seed": tree["seed"]})
+    lines = losses(tree["seed"], tree["adapter"]["kind"])
+    (folder / "training_loss.jsonl").write_text("".join(map(files.record_line, lines)), "utf-8")
+
+
+def end(folder: Path, tree: Mapping[str, Any], score: float, loss: float = 0.3) -> None:
+    """Its evaluation, and the record that says that it is finished."""
+    kind, seed, split = tree["adapter"]["kind"], tree["seed"], tree["eval_split"]
+    files.write_json(folder / f"eval_results_{split}.json", evaluation(tree["task"]["name"], score, loss))
+    record = {
+        "config": tree,
+        "metrics": {f"{split}_accuracy": score},
+        "origin": ORIGIN | {"seed": seed},
+        "timing": {"seconds": 12.5 + seed + len(kind), "peak_bytes": 600_000_000 + 1_000_000 * len(kind)},
+        "efficiency": {"num_trainable": SIZES[kind], "num_parameters": 948_864, "forwards": NUM_STEPS},
+    }
+    files.write_json(folder / "record.json", record)
 
 
 def losses(seed: int, arm: str) -> list[dict[str, Any]]:
     """A line for each step; one of them was not applied."""
-    generator = np.random.default_rng([seed, len(arm)])
-    noise = generator.normal(size=NUM_STEPS)
-    floor = 1.1 - LEVELS.get(arm, 0.8)
+    noise = np.random.default_rng([seed, KINDS.index(arm)]).normal(size=NUM_STEPS)
+    floor = 0.2 + 0.1 * KINDS.index(arm)
     return [
         {
             "step": step,
@@ -104,90 +136,79 @@ def ended(number: int) -> dict[str, Any]:
     }
 
 
-def evaluation(task: str, score: float) -> dict[str, Any]:
+def evaluation(task: str | None, score: float, loss: float = 0.3) -> dict[str, Any]:
     metric = {"value": score, "low": score - 0.03, "high": min(1.0, score + 0.03), "n": 600, "higher_is_better": True}
-    return {"task": task, "split": "test", "loss": 0.3, "metrics": {"accuracy": metric}, "num_truncated": 0}
+    return {"task": task, "split": "test", "loss": loss, "metrics": {"accuracy": metric}, "num_truncated": 0}
 
 
 def study(
     folder: Path,
-    arms: tuple[str, ...] = ("lora", "xgblora", "full"),
-    tasks: tuple[str, ...] = ("mood", "topic"),
-    seeds: tuple[int, ...] = (0, 1, 2),
+    arms: Sequence[str] = ("lora", "xgblora", "full"),
+    tasks: Sequence[str] = ("mood", "topic"),
+    seeds: Sequence[int] = (0, 1, 2),
     *,
     title: str = "LoRA and its rivals",
-    finished: bool = True,
+    grids: Mapping[str, Sequence[float]] | None = None,
+    state: Callable[[Planned], State] = lambda run: "finished",
+    **keys: Any,
 ) -> Path:
-    """A study's folder; of an unfinished one the last arm has a failed run and missing ones."""
+    """A study's folder: runs as its plan has them and `state` says, and what is told of every study told of them.
+
+    `grids` are the learning rates of arms that have their own, `keys` what `lorica compare` takes beside. The best rate
+    of every arm is 1e-3.
+    """
+    given = {"arms": [arm_of(name, (grids or {}).get(name)) for name in arms], "tasks": list(tasks), "title": title}
+    given |= {"seeds": list(seeds), "max_steps": NUM_STEPS, "learning_rates": list(RATES), "run": {"model": "demo"}}
+    given |= keys
+    plan = planned(config.check(CompareConfig, given).resolved())
     folder.mkdir(parents=True)
     (folder / "study.yaml").write_text("tasks: []\n", "utf-8")
     files.write_json(folder / "origin.json", ORIGIN | {"command": ["lorica", "compare", "--seeds", "0", "1", "2"]})
-    runs, cells = [], []
-    for at, arm in enumerate(arms):
-        for task in tasks:
-            scores = {}
-            for seed in seeds:
-                place = f"runs/{files.slug(arm)}-{at}/{files.slug(task)}/seed{seed}"
-                state = "finished" if finished or at < len(arms) - 1 else "failed" if seed == seeds[0] else "missing"
-                if state == "finished":
-                    scores[str(seed)] = round(LEVELS.get(arm, 0.8) - 0.05 * tasks.index(task) + 0.01 * seed, 4)
-                    run(folder / place, task, seed, arm=arm, score=scores[str(seed)], rounds=arm == "xgblora")
-                line = {"arm": arm, "task": task, "seed": seed, "learning_rate": 1e-3, "role": "final", "folder": place}
-                error = "the loss was NaN in 10 steps" if state == "failed" else None
-                runs.append({**line, "state": state, "error": error, "hash": f"{at}{seed}"})
-            if scores:
-                cells.append(cell(arm, task, scores, 1024 * 4 ** (at + 1)))
-    record = {
-        "format": 1,
-        "kind": "compare",
-        "title": title,
-        "finished": finished,
-        "budget": {"unit": "steps", "amount": NUM_STEPS},
-        "arms": [{"name": arm, "overrides": {"adapter.kind": arm}} for arm in arms],
-        "tasks": list(tasks),
-        "seeds": list(seeds),
-        "tuning": {"learning_rates": [1e-4, 1e-3], "seeds": [100], "by": "dev loss"},
-        "runs": runs,
-        "cells": cells,
-        "differences": [difference(cells, arm, arms[0], task) for arm in arms[1:] for task in (*tasks, None)],
-    }
-    files.write_json(folder / "study.json", record)
+    tuning = plan.tuning()
+    for each in tuning:
+        tried(folder, each, state(each))
+    for each in plan.finals(chosen_rates(plan, found_runs(tuning, folder))):
+        compared(folder, each, state(each), list(tasks).index(each.task))
+    files.write_json(folder / "study.json", outcome(plan, folder))
     return folder
 
 
-def cell(arm: str, task: str, scores: dict[str, float], num_trainable: int) -> dict[str, Any]:
-    values = list(scores.values())
-    mean = sum(values) / len(values)
-    return {
-        "arm": arm,
-        "task": task,
-        "learning_rate": 1e-3,
-        "metric": "accuracy",
-        "higher_is_better": True,
-        "scores": scores,
-        "mean": mean,
-        "low": mean - 0.025,
-        "high": mean + 0.025,
-        "num_trainable": num_trainable,
-        "num_parameters": 948_864,
-        "peak_bytes": 5e8 + 1e4 * num_trainable,
-        "seconds": 12.0 + len(arm),
-        "forwards": NUM_STEPS,
-        "diverged": 0,
-    }
+def arm_of(name: str, grid: Sequence[float] | None) -> dict[str, Any]:
+    """A kind of adapter stands for itself; any other name is an arm of LoRA with a scale of its own."""
+    overrides = {} if name in KINDS else {"adapter.kind": "lora", "adapter.alpha": float(len(name))}
+    return {"name": name, "overrides": overrides, "learning_rates": None if grid is None else list(grid)}
 
 
-def difference(cells: list[dict[str, Any]], arm: str, against: str, task: str | None) -> dict[str, Any]:
-    means = {
-        name: [each["mean"] for each in cells if each["arm"] == name and task in (None, each["task"])]
-        for name in (arm, against)
-    }
-    place = {"task": task, "arm": arm, "against": against}
-    if not means[arm]:
-        return {**place, "mean": None, "low": None, "high": None, "num_pairs": 0, "verdict": "no difference shown"}
-    mean = sum(means[arm]) / len(means[arm]) - sum(means[against]) / len(means[against])
-    verdict = "no difference shown" if abs(mean) < 0.02 else "better" if mean > 0 else "worse"
-    return {**place, "mean": mean, "low": mean - 0.018, "high": mean + 0.018, "num_pairs": 3, "verdict": verdict}
+def tried(folder: Path, planned: Planned, state: State) -> None:
+    """A run that chooses a rate."""
+    assert planned.learning_rate is not None
+    place, tree = folder / planned.folder, planned.cfg.model_dump(mode="json")
+    if state == "finished":
+        begin(place, tree)
+        distance = abs(math.log10(planned.learning_rate) + 3)
+        end(place, tree, 0.5, loss=1 + distance + 0.1 * KINDS.index(planned.cfg.adapter.kind))
+    elif state == "failed":
+        failed(folder, planned)
+
+
+def compared(folder: Path, planned: Planned, state: State, place: int) -> None:
+    """A run that is compared; tasks are the harder the later they come."""
+    kind, tree = planned.cfg.adapter.kind, planned.cfg.model_dump(mode="json")
+    if state == "finished":
+        score = LEVELS[kind] - 0.05 * place + SLOPES.get(kind, 0.01) * planned.seed
+        num_right = round(score * NUM_EXAMPLES)
+        at = left(folder / planned.folder, tree, num_right / NUM_EXAMPLES, rounds=kind == "xgblora")
+        answers = ["yes" if example < num_right else "no" for example in range(NUM_EXAMPLES)]
+        rows = {"prediction": answers, "golds": [["yes"]] * NUM_EXAMPLES}
+        pyarrow.parquet.write_table(pyarrow.table(rows), results.RunFolder(at).predictions("test"))
+    elif state == "failed":
+        failed(folder, planned)
+
+
+def failed(folder: Path, planned: Planned) -> None:
+    begin(folder / planned.folder, planned.cfg.model_dump(mode="json"))
+    line = {"hash": planned.hash, "folder": str(planned.folder), "error": "the loss was NaN in 10 steps"}
+    files.append_record(folder / FAILURES, line)
 
 
 def merge(folder: Path, method: str = "ties", deltas: tuple[float | None, ...] = (0.83, 0.41, None, -0.2)) -> Path:
@@ -264,3 +285,43 @@ def matrix(folder: Path) -> Path:
     names = {key: [{"name": name} for name in given] for key, given in (("rows", rows), ("columns", columns))}
     files.write_json(folder / "matrix.json", {**names, "cells": cells, "origin": ORIGIN, "timing": {"seconds": 6.0}})
     return folder
+
+
+class Page(HTMLParser):
+    """A page's elements, its visible text, and every tag closed in its place."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style"} & set(self.open):
+            self.text += data
+
+    def having(self, tag: str, key: str = "") -> Iterator[dict[str, str | None]]:
+        return (attrs for name, attrs in self.elements if name == tag and (not key or key in attrs))
+
+
+def written(targets: list[Path], folder: Path) -> Page:
+    return Page(page.write(reading.read(targets), folder).read_text("utf-8"))
+
+
+def table(reported: Path, name: str) -> list[dict[str, str]]:
+    with open(reported / "figures" / f"{name}.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,46 +17,15 @@ from safetensors.torch import load_file
 import report_cases as cases
 from lorica import config, files, runs
 from lorica.errors import ConfigError, DataError, MissingPathError, OutputExistsError
+from lorica.evaluation.answers import ANSWER_METRICS
+from lorica.evaluation.metrics import METRICS
 from lorica.report import curves, findings, page, reading, records, words
+from lorica.report.figures import loss
+from lorica.report.figures.canvas import SERIES, Figure
 from lorica.report.subjects import Subjects
+from report_cases import Page, table, written
 
 HOSTILE = ("</script><script>alert(1)</script>", "=1+1", "\u202egnissim", "🦔 $x^2$ <b>&amp;", 'x" onload="alert(1)')
-VOID = {"meta", "link", "input", "br", "hr", "img"}
-
-
-class Page(HTMLParser):
-    """A page's elements, its visible text, and every tag closed in its place."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not {"script", "style"} & set(self.open):
-            self.text += data
-
-    def having(self, tag: str, key: str = "") -> Iterator[dict[str, str | None]]:
-        return (attrs for name, attrs in self.elements if name == tag and (not key or key in attrs))
-
-
-def written(targets: list[Path], folder: Path) -> Page:
-    return Page(page.write(reading.read(targets), folder).read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +104,6 @@ def test_the_same_folders_give_the_same_bytes(everything: Path, tmp_path: Path) 
     assert [name for name in names if (one / name).read_bytes() != (other / name).read_bytes()] == []
 
 
-def table(reported: Path, name: str) -> list[dict[str, str]]:
-    with open(reported / "figures" / f"{name}.csv", encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_the_tables_are_the_records(everything: Path, reported: Path) -> None:
     rows = table(reported, "runs-loss")
     lines = files.read_records(everything / "alone" / "training_loss.jsonl")
@@ -175,8 +137,8 @@ def test_spectra_are_those_of_the_dense_updates(everything: Path, reported: Path
 def test_the_headline_is_what_the_study_found(everything: Path) -> None:
     said = findings.findings(reading.read([everything / "study"]))
     assert said == [
-        "xgblora is worse than lora by 3.0 points on 2 tasks (3 seeds, 95\u00a0% 1.2 to 4.8)",
-        "No difference shown between full and lora on 2 tasks: +1.0 points (3 seeds, 95\u00a0% −0.8 to 2.8)",
+        "xgblora is worse than lora by 3.0 points on 2 tasks (3 seeds, 95\u00a0% 1.6 to 4.4)",
+        "No difference shown between full and lora on 2 tasks: +1.0 points (3 seeds, 95\u00a0% −1.5 to 3.5)",
     ]
     alone = findings.findings(reading.read([everything / "alone"]))
     assert alone == ["lora reaches 90.0\u00a0% accuracy on mood (95\u00a0% over test examples: 87.0 to 93.0)"]
@@ -200,18 +162,6 @@ def test_hostile_names_are_shown_as_they_are_or_not_at_all(tmp_path: Path) -> No
         assert not {tag for tag in tags if tag.endswith(("script", "}b"))}
     names = {path.name for path in (tmp_path / "report" / "figures").iterdir()}
     assert all(re.fullmatch(r"[a-z0-9_-]+\.(svg|png|csv)", name) for name in names)
-
-
-def test_an_unfinished_study_says_what_is_missing(tmp_path: Path) -> None:
-    cases.study(tmp_path / "study", finished=False)
-    found = written([tmp_path / "study"], tmp_path / "report")
-    assert "LoRA and its rivals is not finished: 12 final runs of it ended so far" in found.text
-    assert "Missing runs: 4." in found.text
-    assert "Failed: full on mood, seed 0: the loss was NaN in 10 steps" in found.text
-    assert "no task that all arms were evaluated on" in found.text
-    (tmp_path / "study" / "study.json").unlink()
-    begun = written([tmp_path / "study"], tmp_path / "begun")
-    assert [attrs["id"] for attrs in begun.having("section")] == ["provenance"]
 
 
 def test_runs_are_told_apart_by_what_differs_and_put_together_over_seeds(tmp_path: Path) -> None:
@@ -285,8 +235,11 @@ def test_where_the_report_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     shutil.rmtree(tmp_path / "a" / "report" / "figures")
     with pytest.raises(OutputExistsError):
         runs.report(["a"], given)
-    with pytest.raises(MissingPathError, match="nothing to report on at 'c'"):
+    with pytest.raises(MissingPathError, match="nothing to report on at 'c': name the folder of"):
         runs.report(["c"], given)
+    cases.run(tmp_path / "runs" / "first")
+    with pytest.raises(MissingPathError, match=r"at 'runs/frist': did you mean runs/first\?"):
+        runs.report(["runs/frist"], given)
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingPathError, match="holds no run, study, merge, sweep or evaluation matrix"):
         runs.report(["empty"], given)
@@ -308,6 +261,64 @@ def test_costs_have_a_front_and_only_what_was_measured(everything: Path, reporte
             if any(other != (price, score) and other[0] <= price and other[1] >= score for other in found.values())
         }
         assert {arm for each, arm in on_front if each == cost} == set(found) - beaten
+
+
+def ticks(picture: Path) -> list[str]:
+    """What stands at the x axis of a figure's SVG."""
+    marks = (each for each in ElementTree.parse(picture).iter() if (each.get("id") or "").startswith("xtick_"))
+    return ["".join(mark.itertext()).strip() for mark in marks]
+
+
+def shortened(folder: Path, num_steps: int) -> Path:
+    """A run of so few steps, 0.05 s each."""
+    cases.run(folder, adapter=False)
+    lines = files.read_records(folder / "training_loss.jsonl")[:num_steps]
+    (folder / "training_loss.jsonl").write_text("".join(map(files.record_line, lines)), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 6])
+def test_ticks_are_whole_steps_and_told_seconds(tmp_path: Path, num_steps: int) -> None:
+    written([shortened(tmp_path / "run", num_steps)], tmp_path / "report")
+    for unit in ("step", "forwards", "seconds"):
+        found = ticks(tmp_path / "report" / "figures" / f"runs-loss-0-{unit}.svg")
+        assert found and len(set(found)) == len(found), (unit, found)
+        assert unit == "seconds" or all(each.isdigit() for each in found)
+    assert "." in "".join(found)
+
+
+def test_the_rounds_of_all_seeds_are_marked_on_the_median(everything: Path, reported: Path) -> None:
+    root = ElementTree.parse(reported / "figures" / "study-loss-0-step.svg").getroot()
+    groups = [each for each in root.iter() if (each.get("id") or "").startswith("line2d_")]
+    ticks = {each for axis in root.iter() if "tick_" in (axis.get("id") or "") for each in axis.iter()}
+    uses = [use for each in groups if each not in ticks for use in each.iter() if use.tag.endswith("}use")]
+    places = np.array([[float(use.get(key) or "nan") for key in "xy"] for use in uses])
+    assert len(places) == 3 * 4
+    (bold,) = (
+        np.array(re.findall(r"[ML] (\S+) (\S+)", each[0].get("d") or ""), dtype=float)
+        for each in groups
+        if "stroke-width: 1.9" in (style := each[0].get("style") or "") and SERIES[1] in style
+    )
+    np.testing.assert_allclose(places[:, 1], np.interp(places[:, 0], bold[:, 0], bold[:, 1]), atol=0.6)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "told"),
+    [
+        ([cases.ended(0)], " Marks, of all seeds: open triangle, a booster was laid on."),
+        ([cases.ended(2)], " Marks, of all seeds: cross, it was rejected."),
+        ([cases.ended(0)] * 61, " Not marked are the rounds of xgblora, more than 60 in a run."),
+    ],
+    ids=["laid on", "rejected", "too many"],
+)
+def test_the_words_beside_a_loss_speak_of_what_is_drawn(
+    tmp_path: Path, rounds: list[dict[str, Any]], told: str
+) -> None:
+    cases.run(tmp_path / "run", arm="xgblora")
+    (tmp_path / "run" / "ledger.jsonl").write_text("".join(map(files.record_line, rounds)), "utf-8")
+    figure = loss.draw(reading.read([tmp_path / "run"]).studies[0])
+    assert isinstance(figure, Figure)
+    assert figure.lede.partition("steps.")[2] == told
 
 
 def test_smoothing_is_the_exponential_mean_without_its_start() -> None:
@@ -355,6 +366,10 @@ def test_numbers_in_words() -> None:
     assert words.listed(["a", "b", "c"]) == "a, b and c"
     assert words.listed(["a"]) == "a"
     assert words.between(None, 0.2) == "–"
+
+
+def test_metrics_that_are_shares_are_told_in_per_cent() -> None:
+    assert {*METRICS, *ANSWER_METRICS} == words.PERCENTAGES
 
 
 def test_texts_are_cleaned_wherever_they_stand() -> None:

@@ -34,7 +34,7 @@ def study_card(study: Study, command: str, figure: str) -> str:
         num_runs=len(study["runs"]),
         amount=study["budget"]["amount"],
         unit=study["budget"]["unit"],
-        rates=_rates(study) + ("" if study["finished"] else " It is not finished."),
+        rates=f"{rates(study) or 'rates are as given'}." + ("" if study["finished"] else " It is not finished."),
         table="\n".join(lines),
         verdicts="\n".join(f"- {_plain(each)}" for each in [*verdicts(study), *remarks(study)]),
         seeds=", ".join(map(str, study["seeds"])),
@@ -56,14 +56,48 @@ def verdicts(study: Study) -> list[str]:
 
 
 def remarks(study: Study) -> list[str]:
-    """What a reader must know of the runs: rates at an edge of their grid, and what failed."""
-    return [*_edges(study), *_failures(study["runs"])]
+    """What a reader must know of the runs: of their rates, and what failed or is missing."""
+    return [*remarks_on_rates(study), *_failures(study["runs"])]
+
+
+def rates(study: Study) -> str | None:
+    """How the learning rates were chosen, arm by arm where their grids differ; None if all rates were given."""
+    tuning = study["tuning"]
+    if tuning is None:
+        return None
+    grids = {each["arm"]: _grid(each) for each in tuning["found"]}
+    among = [f"among {', '.join(f'{rate:g}' for rate in grid)}" for grid in grids.values()]
+    told = among[0] if len(set(among)) == 1 else "; ".join(map(" ".join, zip(grids, among, strict=True)))
+    runs = (each for each in study["runs"] if each["arm"] not in grids and each["learning_rate"] is not None)
+    given = dict.fromkeys(each["arm"] for each in runs)
+    return (
+        f"rates chosen for each arm and task by {tuning['by']} (seed {', '.join(map(str, tuning['seeds']))}), {told}"
+        + (f"; those of {', '.join(given)} as given" if given else "")
+    )
+
+
+def remarks_on_rates(study: Study) -> list[str]:
+    """Arms without a rate, and those whose best has no neighbour on one side: a wider grid may change what is found."""
+    tuning, found = study["tuning"] or {"found": []}, []
+    missing = {(each["arm"], each["task"]) for each in study["runs"] if each["state"] == "missing"}
+    for each in tuning["found"]:
+        grid, place = _grid(each), f"{each['arm']} on {each['task']}"
+        if each["chosen"] is None and (each["arm"], each["task"]) not in missing:
+            found.append(f"{place}: a run failed at every rate, so that none was chosen")
+        elif len(grid) > 1 and each["chosen"] in (grid[0], grid[-1]):
+            edge = "least" if each["chosen"] == grid[0] else "largest"
+            found.append(f"{place}: the best rate, {each['chosen']:g}, is the grid's {edge}")
+    return found
+
+
+def _grid(found: Mapping[str, Any]) -> list[float]:
+    return sorted(line["learning_rate"] for line in found["tried"])
 
 
 def _row(cell: Mapping[str, Any]) -> list[str]:
     score = "–" if cell["mean"] is None else f"{cell['mean']:.3f}"
     if cell["low"] is not None:
-        score += f" ± {cell['mean'] - cell['low']:.3f}"
+        score += f" ± {max(cell['mean'] - cell['low'], cell['high'] - cell['mean']):.3f}"  # an end may be cut off
     if cell["diverged"]:
         score += f", {cell['diverged']} diverged"
     trainable = _known(cell["num_trainable"], lambda count: f"{count / cell['num_parameters']:.3%}")
@@ -89,30 +123,16 @@ def _verdict(found: Mapping[str, Any]) -> str:
     return f"{pair}; {points} ({found['num_pairs']} pairs)"
 
 
-def _rates(study: Study) -> str:
-    tuning = study["tuning"]
-    if tuning is None:
-        return "rates are as given."
-    rates = ", ".join(f"{rate:g}" for rate in tuning["learning_rates"])
-    seeds = ", ".join(map(str, tuning["seeds"]))
-    return f"rates chosen for each arm and task by {tuning['by']} among {rates} (seed {seeds})."
-
-
-def _edges(study: Study) -> list[str]:
-    """Arms whose best rate has no neighbour on one side: a wider grid may change what is found."""
-    found = []
-    for each in (study["tuning"] or {"found": []})["found"]:
-        rates = sorted(line["learning_rate"] for line in each["tried"])
-        if len(rates) > 1 and each["chosen"] in (rates[0], rates[-1]):
-            edge = "least" if each["chosen"] == rates[0] else "largest"
-            found.append(f"{each['arm']} on {each['task']}: the best rate, {each['chosen']:g}, is the grid's {edge}")
-    return found
-
-
 def _failures(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     failed = [f"failed: {each['folder']}: {each['error']}" for each in runs if each["state"] == "failed"]
-    missing = sum(each["state"] == "missing" for each in runs)
-    return [*failed, *([f"{missing} runs are missing"] if missing else [])]
+    return [*failed, *_missing(runs)]
+
+
+def _missing(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those apart that are compared, of which there are more once every rate is chosen."""
+    roles = [each["role"] for each in runs if each["state"] == "missing"]
+    what = {"tuning": "that rates are chosen by", "final": "that are compared"}
+    return [f"missing: {roles.count(role)} of the runs {told}" for role, told in what.items() if role in roles]
 
 
 def _plain(text: str) -> str:

@@ -34,6 +34,10 @@ def _of_study(study: Study) -> Iterator[str]:
         yield difference(study, each)
     if not told:
         yield from _of_cells(study)
+    for each in overall:
+        if each.mean is None and study.is_finished:
+            where = each.task or "all tasks together"
+            yield f"{each.arm} cannot be compared with {each.against} on {where}: no pair of their runs has finished"
     if not study.is_finished:
         ended = len(study.runs)
         yield f"{study.title} is not finished: {words.numbered(ended, 'final run')} of it ended so far"
@@ -42,7 +46,7 @@ def _of_study(study: Study) -> Iterator[str]:
 def difference(study: Study, found: Difference) -> str:
     """An arm against another, with the size of the difference, the seeds and the interval."""
     where = found.task or (study.tasks[0] if len(study.tasks) == 1 else f"{len(study.tasks)} tasks")
-    seeds = words.numbered(study.num_seeds, "seed")
+    seeds = words.numbered(found.num_pairs, "seed")
     assert found.mean is not None
     size, unit = gap(study, abs(found.mean)), unit_of(study)
     if found.verdict not in VERBS:

@@ -30,7 +30,7 @@ def grouped(runs: Sequence[Run]) -> Study:
         tasks=tasks,
         runs=tuple(named),
         cells=tuple(cell for cell in cells if cell is not None),
-        overrides=_overrides(named),
+        configs={(run.arm, run.task): run.config for run in reversed(named)},
     )
 
 
@@ -81,15 +81,6 @@ def _words(key: str, value: Any) -> str:
 
 def _keys(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((run.arm, run.task) for run in runs))
-
-
-def _overrides(runs: Sequence[Run]) -> dict[str, Record]:
-    """Arm -> what its config has that another arm's has otherwise."""
-    keys = differing_keys(run.config for run in runs)
-    first: dict[str, Run] = {}
-    for run in runs:
-        first.setdefault(run.arm, run)
-    return {arm: {key: run.config.get(key) for key in keys} for arm, run in first.items()}
 
 
 def _cell(runs: Sequence[Run]) -> Cell | None:

@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 import lorica
 from lorica import files
-from lorica.report import findings, provenance, verdicts
-from lorica.report.figures import canvas, heatmap, history, loss, pareto, scores, spectra
+from lorica.report import findings, provenance, verdicts, words
+from lorica.report.figures import canvas, heatmap, history, loss, pareto, rates, scores, spectra
 from lorica.report.figures.canvas import Figure
 from lorica.report.subjects import Subjects
 
@@ -70,7 +70,11 @@ def _sections(subjects: Subjects) -> Iterator[Section]:
             "Every target on every task",
             [heatmap.draw_matrix(matrix) for matrix in subjects.matrices],
         ),
-        "search": ("Search", "How the search went", [history.draw(sweep) for sweep in subjects.sweeps]),
+        "search": (
+            "Search",
+            "How the search went",
+            [*map(rates.draw, studies), *map(history.draw, subjects.sweeps)],
+        ),
         "spectra": ("Spectra", "What the adapters use of their rank", [spectra.draw(study) for study in studies]),
         "costs": ("Costs", "What quality costs", [pareto.draw(study) for study in studies]),
     }
@@ -102,6 +106,8 @@ def _html(subjects: Subjects, sections: Sequence[Section], title: str | None) ->
         compared=[study for study in subjects.studies if study.cells or study.differences or study.failures],
         verdicts=verdicts.verdicts,
         outcomes=verdicts.outcomes,
+        missing=verdicts.missing,
+        rate=words.rate,
         span=verdicts.SPAN,
         provenance=provenance.provenance(subjects),
         differences=provenance.differences,

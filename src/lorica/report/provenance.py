@@ -6,7 +6,9 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lorica.config.contradictions import LOW_RANK, STEPS
 from lorica.report import words
+from lorica.report.grouping import differing_keys
 from lorica.report.subjects import Record, Run, Study, Subjects
 
 VERSIONS = ("lorica", "commit", "python", "platform", "device", "num_cpus")
@@ -40,18 +42,35 @@ class Provenance:
 
 
 def differences(study: Study) -> list[Difference]:
-    """Each key that the arms do not share, in the order in which it is first named."""
-    keys = dict.fromkeys(key for tree in study.overrides.values() for key in tree)
-    return [
-        Difference(
-            key,
-            [
-                words.value(study.overrides[arm][key]) if key in study.overrides.get(arm, {}) else "as the others"
-                for arm in study.arms
-            ],
-        )
-        for key in keys
+    """Each key that the arms do not share, in the order of their configs, with what every arm has there."""
+    found = [
+        Difference(key, [_value(study, arm, key) for arm in study.arms])
+        for key in differing_keys(study.configs.values())
     ]
+    return [each for each in found if len(set(each.values)) > 1]
+
+
+def _value(study: Study, arm: str, key: str) -> str:
+    """What an arm's config has; where that hangs on the task, as a learning rate may, what it has on each."""
+    configs = {task: study.configs[arm, task] for task in study.tasks if (arm, task) in study.configs}
+    told = {
+        task: words.value(config.get(key)) if _decides(key, config) else words.value(None)
+        for task, config in configs.items()
+    }
+    if len(set(told.values())) <= 1:
+        return next(iter(told.values()), words.value(None))
+    return ", ".join(f"{value} on {task}" for task, value in told.items())
+
+
+def _decides(key: str, config: Record) -> bool:
+    """Whether the key decides anything in a run of this config, whose other keys stand at their defaults."""
+    kind, section = config.get("adapter.kind"), key.partition(".")[0]
+    if kind == "linear_probe" and section in STEPS:
+        return False
+    if section == "zo":
+        return config.get("trainer") == "zo"
+    kinds = {"boosting": ("xgblora",), "prefix": ("prefix",), "adapter": LOW_RANK}
+    return key == "adapter.kind" or kind in kinds.get(section, (kind,))
 
 
 def run_lines(study: Study) -> list[RunLine]:

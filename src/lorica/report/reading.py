@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorica import files
+from lorica import files, plugins
 from lorica.errors import DataError, LoricaError, MissingPathError
 from lorica.report import records
 from lorica.report.grouping import grouped
@@ -47,7 +47,7 @@ def read(targets: Sequence[Path]) -> Subjects:
 
 def _within(target: Path) -> list[Found]:
     if not target.is_dir():
-        raise MissingPathError(f"nothing to report on at {str(target)!r}: name the folder of a run, study or merge")
+        raise MissingPathError(f"nothing to report on at {str(target)!r}: {_hint(target)}")
     found = list(_search(target, DEPTH))
     if not found:
         raise MissingPathError(
@@ -55,6 +55,14 @@ def _within(target: Path) -> list[Found]:
             "name a folder that a lorica command left"
         )
     return found
+
+
+def _hint(target: Path) -> str:
+    """The nearest names of the folders beside it; or what to name."""
+    beside = target.parent
+    others = [each.name for each in sorted(beside.iterdir()) if each.is_dir()] if beside.is_dir() else []
+    near = [str(target.with_name(name)) for name in plugins.nearest(target.name, others)]
+    return f"did you mean {' or '.join(near)}?" if near else "name the folder of a run, study or merge"
 
 
 def _search(folder: Path, depth: int) -> Iterator[Found]:

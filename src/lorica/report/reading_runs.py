@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from lorica import config, results
+from lorica.card import studies
 from lorica.errors import DataError
 from lorica.report import records
-from lorica.report.subjects import Cell, Curve, Difference, Record, Round, Run, Score, Study
+from lorica.report.subjects import Cell, Choice, Curve, Difference, Record, Round, Run, Score, Study, Tried
 
 
 def read_run(folder: Path) -> Run:
@@ -70,8 +71,9 @@ def read_study(folder: Path) -> Study:
     if not (folder / "study.json").is_file():
         return _begun(folder)
     record = records.read_json(folder / "study.json")
-    final = [each for each in record["runs"] if each["role"] == "final"]
-    name = records.text(folder.resolve().name)
+    places = [(each, _place(folder, each)) for each in record["runs"]]
+    name, tuning = records.text(folder.resolve().name), record["tuning"] or {"found": []}
+    num_missing_choosing, num_missing = _num_missing(record)
     return Study(
         title=record["title"] or name,
         name=name,
@@ -79,14 +81,19 @@ def read_study(folder: Path) -> Study:
         is_finished=record["finished"],
         arms=tuple(each["name"] for each in record["arms"]),
         tasks=tuple(record["tasks"]),
-        runs=tuple(_member(folder, each) for each in final if each["state"] == "finished"),
-        cells=tuple(map(_cell, record["cells"])),
+        runs=tuple(
+            _member(each, place) for each, place in places if (each["role"], each["state"]) == ("final", "finished")
+        ),
+        cells=tuple(_cell(each) for each in record["cells"] if records.number(each["mean"]) is not None),
         differences=tuple(map(_difference, record["differences"])),
-        overrides={each["name"]: each["overrides"] for each in record["arms"]},
+        configs=_configs(places),
         failures=tuple(each for each in record["runs"] if each["state"] == "failed"),
-        num_missing=sum(each["state"] == "missing" for each in record["runs"]),
+        num_missing=num_missing,
+        num_missing_choosing=num_missing_choosing,
         budget=f"{record['budget']['amount']:,} {record['budget']['unit']}",
-        tuning=_tuning(record["tuning"]),
+        rates=studies.rates(record),
+        choices=tuple(_choice(each, record["runs"]) for each in tuning["found"]),
+        remarks=tuple(studies.remarks_on_rates(record)),
         origin=records.origin_of(folder),
     )
 
@@ -97,13 +104,43 @@ def _begun(folder: Path) -> Study:
     return Study(name, name, "compare", False, (), (), (), (), origin=records.origin_of(folder))
 
 
-def _member(folder: Path, record: Record) -> Run:
-    """A run of a study, under the name that the study gives it."""
+def _place(folder: Path, record: Record) -> Path:
+    """Where a run of a study lies."""
     path = folder / record["folder"]
     if not path.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{folder / 'study.json'} names a run outside the study: {record['folder']}")
-    found = read_run(path)
-    return replace(found, arm=record["arm"], task=record["task"], seed=record["seed"])
+    return path
+
+
+def _num_missing(record: Record) -> tuple[int, int]:
+    """Runs to come, of those that choose rates and of those that are compared: among these what has no rate yet."""
+    missing = [each for each in record["runs"] if each["state"] == "missing"]
+    waiting = {(each["arm"], each["task"]) for each in missing if each["role"] == "tuning"}
+    num_final = sum(each["role"] == "final" for each in missing)
+    return len(missing) - num_final, num_final + len(waiting) * len(record["seeds"])
+
+
+def _member(record: Record, place: Path) -> Run:
+    """A run of a study, under the name that the study gives it."""
+    return replace(read_run(place), arm=record["arm"], task=record["task"], seed=record["seed"])
+
+
+def _configs(places: Sequence[tuple[Record, Path]]) -> dict[tuple[str, str], Record]:
+    """(arm, task) -> the config of a run that is compared; while there is none, of one that chooses the rate."""
+    found: dict[tuple[str, str], Record] = {}
+    for record, place in sorted(places, key=lambda each: each[0]["role"] != "final"):
+        key = record["arm"], record["task"]
+        if key not in found and (given := _config(place)) is not None:
+            own = ("eval_split",) if record["role"] == "final" else ("eval_split", "learning_rate")
+            found[key] = {name: value for name, value in given.items() if name not in own}
+    return found
+
+
+def _config(place: Path) -> Record | None:
+    """A run's config, as it was begun with or was to be; None before either."""
+    paths = (results.RunFolder(place).config, place.with_name(f"{place.name}.yaml"))
+    path = next((each for each in paths if each.is_file()), None)
+    return None if path is None else records.flat(records.clean(config.read_yaml(path)))
 
 
 KNOWN = ("low", "high", "learning_rate", "num_trainable", "num_parameters", "peak_bytes", "seconds", "forwards")
@@ -131,9 +168,16 @@ def _difference(record: Record) -> Difference:
     return Difference(*names, mean, low, high, record["num_pairs"], record["verdict"])
 
 
-def _tuning(record: Mapping[str, Any] | None) -> str | None:
-    """How the learning rates were chosen, in words."""
-    if record is None:
-        return None
-    rates = ", ".join(f"{rate:g}" for rate in record["learning_rates"])
-    return f"each arm's learning rate is the best it was tried at, among {rates}, by {record['by']}"
+def _choice(record: Record, runs: Sequence[Record]) -> Choice:
+    """An arm's choice on a task, with which of the rates have failed."""
+    arm, task = record["arm"], record["task"]
+    failed = {
+        each["learning_rate"]
+        for each in runs
+        if (each["arm"], each["task"], each["role"], each["state"]) == (arm, task, "tuning", "failed")
+    }
+    tried = (
+        Tried(float(each["learning_rate"]), records.number(each["dev_loss"]), each["learning_rate"] in failed)
+        for each in record["tried"]
+    )
+    return Choice(arm, task, records.number(record["chosen"]), tuple(tried))

@@ -105,6 +105,25 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A learning rate that an arm was tried at; its loss is the mean over seeds, None unless all of them finished."""
+
+    learning_rate: float
+    dev_loss: float | None
+    has_failed: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How an arm came to its learning rate on a task; `chosen` is None while runs are missing, and if all failed."""
+
+    arm: str
+    task: str
+    chosen: float | None
+    tried: tuple[Tried, ...]
+
+
+@dataclass(frozen=True)
 class Difference:
     """An arm against another on a task; task None is all of them together."""
 
@@ -131,11 +150,14 @@ class Study:
     runs: tuple[Run, ...]
     cells: tuple[Cell, ...]
     differences: tuple[Difference, ...] = ()
-    overrides: Mapping[str, Record] = field(default_factory=dict)  # arm -> dotted key -> value
+    configs: Mapping[tuple[str, str], Record] = field(default_factory=dict)  # (arm, task) -> dotted key -> value
     failures: tuple[Record, ...] = ()
-    num_missing: int = 0
+    num_missing: int = 0  # of the runs that are compared
+    num_missing_choosing: int = 0  # of those that rates are chosen by
     budget: str | None = None
-    tuning: str | None = None
+    rates: str | None = None  # how they were chosen, in words
+    choices: tuple[Choice, ...] = ()
+    remarks: tuple[str, ...] = ()  # what a reader must know of the rates
     origin: Record = field(default_factory=dict)
 
     @property

@@ -59,7 +59,7 @@ def _verdict(study: Study, found: Difference, reach: float) -> Verdict:
         mean=gap(study, found.mean, signed=True) + (unit_of(study) if found.mean is not None else ""),
         between=f"{low} to {high}" if known else "–",
         num_pairs=found.num_pairs,
-        verdict=found.verdict,
+        verdict=found.verdict if found.num_pairs else f"{found.verdict}: no pair of runs has finished",
         strip=_strip(found, reach),
     )
 
@@ -69,6 +69,12 @@ def _strip(found: Difference, reach: float) -> Strip | None:
         return None
     half = SPAN / 2 - MARGIN
     return Strip(SPAN / 2, *(round(SPAN / 2 + half * end / reach, 2) for end in (found.low, found.mean, found.high)))
+
+
+def missing(study: Study) -> str:
+    """What an unfinished study has yet to run, those apart that only choose rates."""
+    counts = {"that rates are chosen by": study.num_missing_choosing, "that are compared": study.num_missing}
+    return words.listed([f"{count:,} of the runs {told}" for told, count in counts.items() if count])
 
 
 @dataclass(frozen=True)
@@ -93,9 +99,34 @@ class Outcome:
 
 
 def outcomes(study: Study) -> list[Outcome]:
-    """Task by task, arm by arm."""
-    ordered = [cell for task in study.tasks for arm in study.arms if (cell := study.cell(arm, task)) is not None]
-    return [_outcome(study, cell) for cell in ordered]
+    """Task by task, arm by arm; an arm of which no run has finished on a task is a row of dashes."""
+    places = [(arm, task, study.cell(arm, task)) for task in study.tasks for arm in study.arms]
+    return [
+        _nothing(study, arm, task) if cell is None else _outcome(study, cell)
+        for arm, task, cell in places
+        if cell is not None or study.kind != "runs"
+    ]
+
+
+def _nothing(study: Study, arm: str, task: str) -> Outcome:
+    unknown = words.score(None)
+    return Outcome(
+        task=task,
+        arm=arm,
+        place=study.arms.index(arm),
+        score=unknown,
+        metric="no run has finished",
+        between=unknown,
+        interval="",
+        is_best=False,
+        learning_rate=unknown,
+        num_trainable=unknown,
+        share=unknown,
+        memory=unknown,
+        duration=unknown,
+        forwards=unknown,
+        num_diverged=0,
+    )
 
 
 def _outcome(study: Study, cell: Cell) -> Outcome:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-PERCENTAGES = {"accuracy", "macro_f1", "f1", "exact_match", "token_f1"}  # metrics that read best as a share
+# Metrics that are shares, and read best in per cent.
+PERCENTAGES = {"accuracy", "macro_f1", "f1", "f1a", "exact_match", "drop_f1", "drop_exact_match"}
 MINUS, SPACE = "−", "\u00a0"  # a number and its unit are not torn apart at the end of a line
 
 

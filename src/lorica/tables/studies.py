@@ -45,7 +45,7 @@ def _coloured(line: str, verdict: str) -> str:
 
 
 def _rates(found: Mapping[str, Any]) -> list[Table | str]:
-    """The dev loss of each rate that was tried, the chosen one in bold."""
+    """The dev loss of each rate that an arm was tried at, the chosen one in bold; a dash where a run of it failed."""
     if found["tuning"] is None:
         return []
     rates = found["tuning"]["learning_rates"]
@@ -53,7 +53,7 @@ def _rates(found: Mapping[str, Any]) -> list[Table | str]:
     table = Table(*head, title=f"{found['tuning']['by']} by learning rate", **LOOK)
     for line in found["tuning"]["found"]:
         losses = {each["learning_rate"]: each["dev_loss"] for each in line["tried"]}
-        cells = [_loss(losses.get(rate), rate == line["chosen"]) for rate in rates]
+        cells = [_loss(losses[rate], rate == line["chosen"]) if rate in losses else "" for rate in rates]
         table.add_row(escape(line["task"]), escape(line["arm"]), *cells)
     return [table]
 

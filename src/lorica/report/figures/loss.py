@@ -10,13 +10,18 @@ import numpy as np
 from lorica.report import curves, words
 from lorica.report.figures import canvas
 from lorica.report.figures.canvas import Figure, Panel, View
-from lorica.report.subjects import Run, Study
+from lorica.report.subjects import Array, Round, Run, Study
 
+Line = tuple[Array, Array, Array, Array]  # x, median, least and most (m,) of the smoothed losses
 UNITS = {"step": "Steps", "forwards": "Forward passes", "seconds": "Seconds"}
 HEAD = ("arm", "task", "seed", "step", "forwards", "seconds", "loss", "smoothed_loss", "event")
 MOST_NAMED = 4  # lines that are named where they end
-MOST_MARKED = 60  # rounds that are marked one by one
-EVENTS = {"laid on": ("^", "none"), "rolled back": ("v", "full"), "rejected": ("X", "full")}
+MOST_MARKED = 60  # rounds of a run that are marked one by one
+EVENTS = {  # what a round ended with -> its mark, how that is filled, what the mark says
+    "laid on": ("^", "none", "open triangle, a booster was laid on"),
+    "rolled back": ("v", "full", "full triangle pointing down, it was rolled back to its best and laid on"),
+    "rejected": ("X", "full", "cross, it was rejected"),
+}
 
 
 def draw(study: Study) -> Figure | str | None:
@@ -44,8 +49,15 @@ def _lede(runs: Sequence[Run]) -> str:
     said = "Faint: the loss of every step. Bold: its exponential mean, over 4 % of the run's steps."
     if len(runs) > len({(run.arm, run.task) for run in runs}):
         said += " Of several seeds: the median of those means, and the band from the least to the most of them."
-    if any(run.rounds for run in runs):
-        said += " Triangles: a booster was laid on; pointing down: rolled back to its best first; crosses: rejected."
+    lines: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        lines.setdefault((run.arm, run.task), []).append(run)
+    marked = {_event(each) for members in lines.values() for _, each in _marked(members)}
+    if marked:
+        said += f" Marks, of all seeds: {'; '.join(told for event, (*_, told) in EVENTS.items() if event in marked)}."
+    crowded = dict.fromkeys(arm for (arm, _), members in lines.items() if _is_crowded(members))
+    if crowded:
+        said += f" Not marked are the rounds of {words.listed(list(crowded))}, more than {MOST_MARKED} in a run."
     return said
 
 
@@ -60,14 +72,25 @@ def _panel(study: Study, task: str, unit: str, runs: Sequence[Run]) -> Panel:
         axes.grid(axis="y")
         axes.set_xlabel(UNITS[unit].lower())
         axes.set_ylabel("loss")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        _ticks(axes, unit)
         _limit(axes, lines)
 
     name = f"{study.slug}-loss-{study.tasks.index(task)}-{unit}"
     return canvas.panel(name, words.short(task, 44), _alt(task, unit, members, lines), on)
 
 
-def _line(axes: Any, place: int, runs: Sequence[Run], line: tuple[Any, ...], unit: str) -> None:
+def _ticks(axes: Any, unit: str) -> None:
+    """Steps and forward passes at whole numbers, even where there is one alone; seconds with the decimals they need."""
+    from matplotlib.ticker import MaxNLocator
+
+    if unit == "seconds":
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def _line(axes: Any, place: int, runs: Sequence[Run], line: Line, unit: str) -> None:
     colour, (x, middle, low, high) = canvas.colour(place), line
     for run in runs:
         assert run.curve is not None
@@ -77,12 +100,12 @@ def _line(axes: Any, place: int, runs: Sequence[Run], line: tuple[Any, ...], uni
     if len(runs) > 1:
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0, zorder=3)
     axes.plot(x, middle, color=colour, linewidth=1.9, linestyle=canvas.dash(place), solid_capstyle="round", zorder=4)
-    for event, (marker, fill) in EVENTS.items():
-        places = [at for run in runs[:1] for at in _places(run, unit) if at[2] == event]
+    for event, (marker, fill, _) in EVENTS.items():
+        places = [at for run, each in _marked(runs) if _event(each) == event for at in _ends(run, each, unit)]
         if places:
             axes.plot(
-                [each[0] for each in places],
-                [each[1] for each in places],
+                places,
+                np.interp(places, x, middle),
                 linestyle="none",
                 marker=marker,
                 markersize=5.5,
@@ -92,29 +115,35 @@ def _line(axes: Any, place: int, runs: Sequence[Run], line: tuple[Any, ...], uni
             )
 
 
-def _places(run: Run, unit: str) -> Iterator[tuple[float, float, str]]:
-    """(x, smoothed loss, what happened) at the end of each round, if they are few enough to be seen."""
-    if run.curve is None or len(run.rounds) > MOST_MARKED:
-        return
-    line = curves.smoothed(run.curve.loss, curves.window_of(run.curve))
-    for each in run.rounds:
-        at = int(np.searchsorted(run.curve.step, each.last_step))
-        if at < len(line) and np.isfinite(line[at]):
-            yield float(run.curve.along(unit)[at]), float(line[at]), _event(each.accepted, each.rolled_back)
+def _marked(runs: Sequence[Run]) -> list[tuple[Run, Round]]:
+    """The rounds of a line's runs, if they are few enough to be seen."""
+    return [] if _is_crowded(runs) else [(run, each) for run in runs for each in run.rounds]
 
 
-def _event(accepted: bool, rolled_back: bool) -> str:
-    return ("rolled back" if rolled_back else "laid on") if accepted else "rejected"
+def _is_crowded(runs: Sequence[Run]) -> bool:
+    return any(len(run.rounds) > MOST_MARKED for run in runs)
 
 
-def _limit(axes: Any, lines: dict[str, tuple[Any, ...]]) -> None:
+def _ends(run: Run, ended: Round, unit: str) -> Iterator[float]:
+    """Where a round's last step stands, if the run recorded that step."""
+    assert run.curve is not None
+    at = int(np.searchsorted(run.curve.step, ended.last_step))
+    if at < len(run.curve.step):
+        yield float(run.curve.along(unit)[at])
+
+
+def _event(ended: Round) -> str:
+    return ("rolled back" if ended.rolled_back else "laid on") if ended.accepted else "rejected"
+
+
+def _limit(axes: Any, lines: dict[str, Line]) -> None:
     """A spike of one step must not flatten all the rest."""
     highest = max((float(high.max()) for _, _, _, high in lines.values() if len(high)), default=0.0)
     low, high = axes.get_ylim()
     axes.set_ylim(min(0.0, low) if low < 0.15 * highest else low, min(high, 1.35 * highest) if highest > 0 else high)
 
 
-def _alt(task: str, unit: str, members: dict[str, list[Run]], lines: dict[str, tuple[Any, ...]]) -> str:
+def _alt(task: str, unit: str, members: dict[str, list[Run]], lines: dict[str, Line]) -> str:
     said = [f"Training loss on {task} against {UNITS[unit].lower()}."]
     for arm, runs in members.items():
         _, middle, _, _ = lines[arm]
@@ -136,7 +165,7 @@ def _rounds(runs: Sequence[Run]) -> str:
 def _rows(run: Run) -> Iterator[tuple[Any, ...]]:
     """Every step as it was recorded, and what happened at it."""
     assert run.curve is not None
-    events = {each.last_step: _event(each.accepted, each.rolled_back) for each in run.rounds}
+    events = {each.last_step: _event(each) for each in run.rounds}
     line = curves.smoothed(run.curve.loss, curves.window_of(run.curve))
     for at, step in enumerate(run.curve.step):
         loss, mean = float(run.curve.loss[at]), float(line[at])

@@ -199,24 +199,28 @@ def _cell(arm: str, task: str, finals: Sequence[Found]) -> Record:
     runs = [each for each in finals if (each.planned.arm, each.planned.task) == (arm, task)]
     done = [each for each in runs if each.is_done]
     first = done[0] if done else None
-    higher = first.higher_is_better if first else None
     mean = _mean(done)
     return {
         "arm": arm,
         "task": task,
         "learning_rate": _run(runs[0])["learning_rate"] if runs else None,
         "metric": first.metric if first else None,
-        "higher_is_better": higher,
+        "higher_is_better": first.higher_is_better if first else None,
         "scores": {str(each.planned.seed): each.score for each in done},
         "mean": mean.mean,
-        "low": mean.low,
-        "high": min(1.0, mean.high) if higher and mean.high is not None else mean.high,  # no score is better than 1
+        "low": _within_scale(mean.low),
+        "high": _within_scale(mean.high),
         **{name: _taken(done, "efficiency", name) for name in ("num_trainable", "num_parameters")},
         "peak_bytes": _taken(done, "timing", "peak_bytes"),
         "seconds": _taken(done, "timing", "seconds"),
         "forwards": _taken(done, "efficiency", "forwards"),
         "diverged": sum(each.diverged for each in runs),
     }
+
+
+def _within_scale(end: float | None) -> float | None:
+    """An end of a score's interval: every metric that there is, is a share, and none lies beyond 0 or 1."""
+    return None if end is None else min(1.0, max(0.0, end))
 
 
 def _mean(done: Sequence[Found]) -> Interval:
