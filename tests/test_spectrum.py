@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import tiny
 from lorica.adapters.delta import LowRank, zero
 from lorica.analysis import conflict, spectrum
+from lorica.analysis.portrait import RankFigures, ranks
 
 Matrix = npt.NDArray[np.float64]
 
@@ -120,3 +122,17 @@ def test_an_update_against_itself_its_opposite_and_nothing() -> None:
     assert [each.cosine for each in found] == pytest.approx([-1.0, 0.0, 0.0])
     assert [each.sign_conflict for each in found] == pytest.approx([1.0, 0.0, 0.0])
     assert [each.overlap for each in found] == pytest.approx([1.0, 0.0, 0.0])
+
+
+def test_ranks_over_modules_are_means_and_a_weight_counts_in_norms_alone() -> None:
+    generator = torch.Generator().manual_seed(4)
+    updates = {path: tiny.update((9, 7), rank, 0.5, generator) for path, rank in (("a", 1), ("b", 3))}
+    found, halved = ranks(updates, 2), ranks(updates, 2, weight=-0.5)
+    one, two = (np.linalg.svd(dense(each), compute_uv=False) ** 2 for each in updates.values())
+    assert found.overall.rank == 3
+    assert found.overall.norm == pytest.approx((one.sum() + two.sum()) ** 0.5)
+    assert found.overall.energy == pytest.approx((1 + two[:2].sum() / two.sum()) / 2)
+    assert found.overall.stable_rank == pytest.approx((1 + two.sum() / two[0]) / 2)
+    assert halved.overall == dataclasses.replace(found.overall, norm=pytest.approx(found.overall.norm / 2))
+    assert halved.modules["b"] == dataclasses.replace(found.modules["b"], norm=pytest.approx(two.sum() ** 0.5 / 2))
+    assert ranks({}, 2).overall == RankFigures(0, 0.0, 0.0, 0.0, 0.0, 0.0)

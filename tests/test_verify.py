@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import shutil
 import sys
@@ -17,17 +19,21 @@ from torch import Tensor, nn
 
 import tiny
 from command_line import lorica
-from lorica import config, models, runs
+from lorica import config, models, progress, runs, tables
 from lorica.adapters import injection, peft_format
 from lorica.adapters.adapter import Adapter
+from lorica.adapters.lora import LoraLinear
 from lorica.analysis import equivalence
 from lorica.analysis.checks import Check
-from lorica.analysis.equivalence import Subject
-from lorica.config import VerifyConfig
+from lorica.analysis.equivalence import Speed, Subject
+from lorica.config import InspectConfig, VerifyConfig
 from lorica.demo import language
 from lorica.errors import ConfigError, MissingPathError
 from lorica.models import Base
 from lorica.runs import Verification
+from lorica.runs.inspecting import verify_case, verify_files
+from lorica.runs.inspecting.verify import NUM_CHECKS
+from lorica.runs.inspecting.verify_case import case_of
 from lorica.runs.ready import write_adapter
 
 SHORT = (
@@ -38,7 +44,8 @@ BOOSTED = ("adapter.kind=xgblora", "boosting.steps_per_iteration=2")
 QUIET = Console(quiet=True)
 NAMES = (
     *("files", "base", "finite", "fits", "targets", "share", "chain", "trainable", "forward", "backward"),
-    *("base_gradients", "learns", "removal", "round_trip", "portable", "unfuse", "fused", "top_1", "peft"),
+    *("base_gradients", "learns", "removal", "round_trip", "portable", "unfuse", "fused", "top_1"),
+    *("base_unchanged", "peft"),
 )
 KINDS = {"lora": (), "xgblora": BOOSTED}
 BODIES = {"causal": "llama", "encoder": "bert"}
@@ -104,6 +111,7 @@ def test_an_adapter_alone_is_verified_as_far_as_it_says(
     found = verify(folder, f"output_dir={tmp_path / 'out'}")
     assert states(found, "fail") == set()
     assert states(found, "skip") >= {"files", "base", "chain"}
+    assert "base_unchanged" in states(found, "pass")
     assert found.batch == "tokens drawn at random"
     assert json.loads((tmp_path / "out" / "verification.json").read_text())["target"] == str(folder)
 
@@ -226,12 +234,61 @@ def test_a_nan_in_an_adapter_alone_is_told(copied: Callable[[str, str], Path]) -
     assert "holds NaN" in check(found, "finite").said and "holds NaN" in check(found, "fused").said
 
 
+STRANGE: Mapping[str, tuple[dict[str, Any], set[str]]] = {
+    "targets that the base lacks": ({"target_modules": ["nope"]}, {"targets", "peft"}),
+    "an unknown task type": ({"task_type": "BOGUS"}, {"peft"}),
+    "an unknown init": ({"init_lora_weights": "nonsense"}, {"peft"}),
+    "a dropout in words": ({"lora_dropout": "much"}, {"peft"}),
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_a_config_that_PEFT_cannot_take_fails_its_check(
+    trained: dict[tuple[str, str], Path], tmp_path: Path, strange: str
+) -> None:
+    change, expected = STRANGE[strange]
+    folder = Path(shutil.copytree(trained["lora", "causal"] / "adapter", tmp_path / "adapter"))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, **change}))
+    found = verify(folder, f"output_dir={tmp_path / 'out'}")
+    assert states(found, "fail") == expected
+    assert "as PEFT loads it" in check(found, "peft").said and "\n" not in check(found, "peft").said
+    assert json.loads((tmp_path / "out" / "verification.json").read_text())["fail"] == len(expected)
+
+
+def test_what_the_checks_do_to_the_base_is_told(
+    trained: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = equivalence.of_learning
+
+    def careless(subject: Subject, fresh: Adapter) -> Check:
+        with torch.no_grad():
+            subject.model.get_submodule("model.norm").weight[3] += 1e-4  # type: ignore[operator, index]
+        return right(subject, fresh)
+
+    monkeypatch.setattr(equivalence, "of_learning", careless)
+    for target in (trained["lora", "causal"], trained["lora", "causal"] / "adapter"):
+        assert states(verify(target), "fail") == {"base_unchanged"}
+
+
+def test_an_error_of_ones_own_is_not_taken_for_a_fault(
+    trained: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(subject: Subject) -> Check:
+        raise TypeError("a slip of the pen")
+
+    monkeypatch.setattr(equivalence, "of_removal", mistaken)
+    with pytest.raises(TypeError, match="slip"):
+        verify(trained["lora", "causal"])
+
+
 def test_a_spoiled_booster_fails_the_chain_alone(copied: Callable[[str, str], Path]) -> None:
     run = copied("xgblora", "causal")
     booster = run / "boosters" / "00001.safetensors"
     booster.write_bytes(booster.read_bytes()[:-1] + b"\x01")
     found = verify(run)
     assert states(found, "fail") == {"chain"} and "does not match its hash" in check(found, "chain").said
+    assert check(found, "share").state == "skip" and "see the chain" in check(found, "share").said
 
 
 def test_an_adapter_of_another_base_does_not_fit(trained: dict[tuple[str, str], Path]) -> None:
@@ -248,6 +305,29 @@ def test_a_share_above_the_bound_fails_alone(trained: dict[tuple[str, str], Path
     factors = sum(update.A.numel() + update.B.numel() for update in adapter.updates.values())
     share = factors / sum(each.numel() for each in base.model.parameters())
     assert check(found, "share").figure == pytest.approx(share, rel=0.05)  # the task has another number of labels
+
+
+def test_the_bound_is_three_in_a_thousand_unless_another_is_set(tmp_path: Path) -> None:
+    base = models.load("demo", kind="causal")
+    total = sum(each.numel() for each in base.model.parameters())
+    path = "model.layers.0.self_attn.q_proj"
+    found = {}
+    for rank in (11, 12):
+        adapter = injection.create(base.model, [path], rank=rank, alpha=rank, base_model="demo")
+        peft_format.write(adapter, tmp_path / str(rank))
+        found[rank] = verify_files.of_size(case_of(str(tmp_path / str(rank)), VerifyConfig()))
+        assert found[rank].figure == pytest.approx(rank * (128 + 128) / total) and found[rank].tolerance == 0.003
+    assert 0.0029 < (found[11].figure or 0) < 0.003 < (found[12].figure or 0) < 0.0033
+    assert (found[11].state, found[12].state) == ("pass", "fail")
+    assert "max_trainable_share=" in found[12].said and "max_trainable_share=" not in found[11].said
+
+
+def test_the_share_of_a_boosted_run_is_that_of_its_largest_round(trained: dict[tuple[str, str], Path]) -> None:
+    run = trained["xgblora", "causal"]
+    said = check(verify(run), "share").said
+    (told,) = runs.inspect([str(run)], config.read(InspectConfig, [])).adapters
+    assert told.share.num_in_chain == 2 * told.share.num_trainable  # two rounds of one rank
+    assert said.startswith(f"{told.share.num_trainable:,} numbers trained at once in a round")
 
 
 # -------------------------------------------------------------------------- each check of the forms, by a mutation
@@ -339,19 +419,107 @@ def test_an_adapter_that_stays_is_told(subject: Subject, monkeypatch: pytest.Mon
     assert equivalence.of_removal(subject).state == "fail"
 
 
+# ------------------------------------------------------------------------------------------------------------- speed
+
+
+class Clock:
+    """Seconds that pass as a test says, and not otherwise."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+LIVE = [90.0, 3.0, 30.0, 3.0]  # seconds of each round; the first warms up, and an outlier moves no median
+FUSED = [10.0, 2.0, 2.0, 2.0]
+
+
+def test_the_speed_is_that_of_a_clock(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, live, still = Clock(), iter(LIVE), iter(FUSED)
+    monkeypatch.setattr(equivalence, "time", clock)
+
+    def logits() -> Tensor:
+        is_live = any(isinstance(module, LoraLinear) for module in subject.model.modules())
+        clock.now += next(live if is_live else still)
+        return subject.logits()
+
+    found = equivalence.speed(dataclasses.replace(subject, logits=logits), num_rounds=3)
+    assert (found.live_seconds, found.fused_seconds, found.ratio, found.num_rounds) == (3.0, 2.0, 1.5, 3)
+    assert next(live, None) is None and next(still, None) is None
+    with equivalence.laid_on(subject.model, subject.adapter) as adapter:
+        assert found.adapter_bytes == sum(each.nbytes for each in adapter.trainable().values())
+    assert (found.live_peak_bytes, found.fused_peak_bytes) == (None, None)  # a CPU keeps no such count
+
+
+def test_a_speed_is_told_in_words() -> None:
+    speed = Speed(0.003, 0.002, 1.5, 7, 2_000_000, 5_000_000, 4_000_000)
+    found = Verification("a", "demo", "tokens", (), speed)
+    told = next(line for line in tables.verification(found) if "fused" in str(line))
+    assert "live takes 1.500 times as long as fused" in str(told) and "3 ms and 2 ms" in str(told)
+    assert "its factors hold 2.0 MB" in str(told) and "5.0 MB live, 4.0 MB fused" in str(told)
+
+
+class Int8Linear(nn.Module):
+    """A linear module in int8, as libraries write it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127  # (out, 1)
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+def test_of_a_quantised_base_all_is_told_but_what_needs_fusing(
+    trained: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = verify_case.load_base
+
+    def quantised(*given: Any) -> Base:
+        base = right(*given)
+        for path in models.target_modules(base, "standard"):
+            parent, _, name = path.rpartition(".")
+            linear = base.model.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            setattr(base.model.get_submodule(parent), name, Int8Linear(linear))
+        return base
+
+    monkeypatch.setattr(verify_case, "load_base", quantised)
+    monkeypatch.setitem(sys.modules, "peft", None)  # which knows its own quantised modules alone
+    target = trained["lora", "causal"] / "adapter"
+    found = verify(target, "speed=true")
+    assert states(found, "fail") == set()
+    assert states(found, "skip") >= {"unfuse", "fused", "top_1"} and "learns" in states(found, "pass")
+    assert found.speed is None and "quantised" in str(found.no_speed)
+    assert found.as_record()["no_speed"] == found.no_speed
+    assert "no speed: the base is quantised" in lorica("verify", target, "max_trainable_share=1", "--speed")
+
+
+def test_without_a_sound_adapter_there_is_no_speed(copied: Callable[[str, str], Path]) -> None:
+    run = copied("lora", "causal")
+    a_nan(run)
+    found = verify(run, "speed=true")
+    assert found.speed is None and found.no_speed == "the adapter holds NaN or infinity"
+
+
 # ---------------------------------------------------------------------------------------------------- the command
 
 
 def test_the_command_says_by_its_exit_code(copied: Callable[[str, str], Path]) -> None:
     run = copied("lora", "causal")
     printed = lorica("verify", run, "--max_trainable_share", "1", "--speed")
-    assert "18 passed, 0 failed, 1 skipped" in printed and "times as long as fused" in printed
+    assert "19 passed, 0 failed, 1 skipped" in printed and "times as long as fused" in printed
     one_element(run)
     assert "1 failed: files" in lorica("verify", run, "max_trainable_share=1", code=1)
 
 
 def test_alone_it_verifies_what_it_trains_on_the_spot() -> None:
-    assert "19 passed, 0 failed, 0 skipped" in lorica("verify")
+    assert "20 passed, 0 failed, 0 skipped" in lorica("verify")
 
 
 def test_without_peft_its_check_is_skipped(
@@ -366,11 +534,39 @@ def test_without_peft_its_check_is_skipped(
 def test_what_cannot_be_verified_is_refused(tmp_path: Path, trained: dict[tuple[str, str], Path]) -> None:
     with pytest.raises(ConfigError, match="'demo' has no low-rank updates"):
         verify("demo")
-    with pytest.raises(MissingPathError, match="there is no such folder"):
-        verify("./nowhere")
+    for word in ("./nowhere", "nowhere"):
+        with pytest.raises(MissingPathError, match=f"no run, adapter or model folder '{word}': give the folder"):
+            verify(word)
     heads = Adapter({}, {"score": {"weight": torch.zeros(3, 4)}}, "demo")
     peft_format.write(heads, tmp_path / "heads")
     with pytest.raises(ConfigError, match="heads alone"):
         verify(tmp_path / "heads")
     with pytest.raises(ConfigError, match="verify takes one run or adapter, and was given 2"):
         lorica("verify", "a", "b")
+
+
+def test_what_is_not_there_is_named_with_what_is_near(trained: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    shutil.copytree(trained["lora", "causal"], tmp_path / "runs" / "topic-lora")
+    shutil.copytree(trained["lora", "causal"] / "adapter", tmp_path / "topical")
+    (tmp_path / "topicals").mkdir()  # neither a run nor an adapter
+    with pytest.raises(MissingPathError, match=r"did you mean runs/topic-lora or topical\?$"):
+        verify("topica-lor")
+    with pytest.raises(MissingPathError, match=r"'runs/topic-lara': did you mean runs/topic-lora\?$"):
+        verify("runs/topic-lara", "model=demo")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_checks_are_counted_on_the_way(
+    trained: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    right = progress.bar
+    monkeypatch.setattr(progress, "bar", lambda transient: right())  # which leaves what was drawn last
+    assert len(verify(trained["lora", "causal"]).checks) == NUM_CHECKS == len(NAMES)
+    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "checking" in shown and f"{NUM_CHECKS}/{NUM_CHECKS}" in shown

@@ -43,3 +43,9 @@ def skipped(names: Sequence[str], reason: str) -> list[Check]:
 def failed(names: Sequence[str], reason: str) -> list[Check]:
     """Checks that an error kept from their end."""
     return [Check(name, "fail", reason) for name in names]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, for a line of a table; its kind where it says nothing."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__

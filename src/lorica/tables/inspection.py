@@ -11,8 +11,9 @@ from lorica.tables.cells import columns, size, span
 
 if TYPE_CHECKING:
     from lorica.analysis.conflict import Pair
-    from lorica.analysis.portrait import KindFigures, ModuleFigures
+    from lorica.analysis.portrait import KindFigures, ModuleFigures, RankFigures
     from lorica.runs.inspecting.inspect import Inspected, Inspection
+    from lorica.runs.inspecting.share import Share
 
 NUM_MODULES = 24  # rows of modules that are shown unasked
 EMPTY = "–"
@@ -28,37 +29,52 @@ def inspection(found: Inspection, *, energy_at: int, every_module: bool) -> list
         else:
             shown.append(f"{len(each.portrait.modules)} modules: --all shows each")
         if each.boosters:
-            shown.append(_boosters(each))
+            shown += [_rounds(each, energy_at), _chain(each, energy_at)]
     return [*shown, *([_pairs(found)] if found.layers else []), *([_stages(found)] if found.stages else [])]
 
 
 def _headline(each: Inspected) -> str:
-    figures, share = each.portrait, each.share
-    of_base = (
-        f"{share.trainable_share:.3%} of {share.num_parameters:,} parameters"
-        if share.trainable_share is not None
-        else f"share of the base unknown: {share.reason}"
-    )
+    figures = each.portrait
     ranks = span([module.rank for module in figures.modules])
     form = f"rank {ranks} on {len(figures.modules)} modules" if ranks else "no low-rank updates"
     return escape(
         f"{each.name}: {form}, norm {figures.norm:.4g}; {figures.num_parameters:,} numbers in "
-        f"{size(figures.num_bytes)}, {share.num_trainable:,} trainable, {of_base}"
+        f"{size(figures.num_bytes)}; {_trainable(each.share)}"
     )
 
 
+def _trainable(share: Share) -> str:
+    """What is trained at once, and beside it the whole chain where that is another number."""
+    counts = {"trainable at once": share.num_trainable}
+    if share.is_chain:
+        counts["in the whole chain"] = share.num_in_chain
+    told = ", ".join(f"{what} {_count(count, share)}" for what, count in counts.items())
+    if share.num_parameters is None:
+        return f"{told}; share of the base unknown: {share.reason}"
+    return f"{told} of {share.num_parameters:,} parameters"
+
+
+def _count(count: int, share: Share) -> str:
+    """So many numbers, and their share of the base where that is known."""
+    of_base = share.of_base(count)
+    return f"{count:,}" if of_base is None else f"{count:,} ({of_base:.3%})"
+
+
 def _kinds(each: Inspected) -> Table:
-    head = ("kind", "modules", "numbers", "of the base", "norm", "stable", "effective", "utilisation")
-    return columns(head, [_kind(kind, each.share.num_parameters) for kind in each.portrait.kinds])
+    """The numbers of each kind of module; those trained at once, and in the chain, add up to the headline's."""
+    trained = ["at once", "whole chain"] if each.share.is_chain else ["at once"]
+    head = ["kind", "modules", "numbers", "bytes", *trained, "norm", "stable", "effective", "utilisation"]
+    return columns(head, [_kind(kind, each.share) for kind in each.portrait.kinds])
 
 
-def _kind(kind: KindFigures, num_parameters: int | None) -> list[str]:
-    share = EMPTY if num_parameters is None else f"{kind.num_parameters / num_parameters:.3%}"
-    counts = [kind.kind, str(kind.num_modules), f"{kind.num_parameters:,}", share]
+def _kind(kind: KindFigures, share: Share) -> list[str]:
+    trained = [share.at_once, share.in_chain] if share.is_chain else [share.at_once]
+    cells = [kind.kind, str(kind.num_modules), f"{kind.num_parameters:,}", f"{kind.num_bytes:,}"]
+    cells += [_count(each.get(kind.kind, 0), share) for each in trained]
     if kind.norm is None:
-        return [*counts, *[EMPTY] * 4]
+        return [*cells, *[EMPTY] * 4]
     ranks = (f"{kind.stable_rank:.2f}", f"{kind.effective_rank:.2f}", f"{kind.rank_utilisation:.1%}")
-    return [*counts, f"{kind.norm:.4g}", *ranks]
+    return [*cells, f"{kind.norm:.4g}", *ranks]
 
 
 def _modules(each: Inspected, energy_at: int, everything: bool) -> Table:
@@ -85,18 +101,33 @@ def _factors(module: ModuleFigures) -> list[str]:
     ]
 
 
-def _boosters(each: Inspected) -> Table:
+def _rounds(each: Inspected, energy_at: int) -> Table:
     rows = [
-        (
-            *(str(one.round), "yes" if one.accepted else "no", f"{one.weight:g}", str(one.rank), f"{one.norm:.4g}"),
-            *(f"{one.effective_rank:.2f}", str(one.chain_rank)),
-            EMPTY if one.chain_norm is None else f"{one.chain_norm:.4g}",
-            EMPTY if one.chain_effective_rank is None else f"{one.chain_effective_rank:.2f}",
-        )
+        (str(one.round), "yes" if one.accepted else "no", f"{one.weight:g}", *_ranks(one.added.overall))
         for one in each.boosters
     ]
-    head = ("round", "laid on", "weight", "rank", "norm", "effective rank")
-    return columns((*head, "chain's rank", "chain's norm", "chain's effective rank"), rows)
+    table = columns(("round", "laid on", "weight", *_ranks_head(energy_at)), rows)
+    table.caption = "what each round added, its weight in the norm"
+    return table
+
+
+def _chain(each: Inspected, energy_at: int) -> Table:
+    """The sums of rounds that were measured."""
+    rows = [(str(one.round), *_ranks(one.chain.overall)) for one in each.boosters if one.chain is not None]
+    table = columns(("up to round", *_ranks_head(energy_at)), rows)
+    table.caption = "the whole chain: the largest rank of a module, the norm of all, means over modules of the rest"
+    return table
+
+
+def _ranks_head(energy_at: int) -> tuple[str, ...]:
+    return "rank", "norm", "stable", "effective", "utilisation", f"energy at {energy_at}"
+
+
+def _ranks(figures: RankFigures) -> tuple[str, ...]:
+    return (
+        *(str(figures.rank), f"{figures.norm:.4g}", f"{figures.stable_rank:.2f}", f"{figures.effective_rank:.2f}"),
+        *(f"{figures.rank_utilisation:.1%}", f"{figures.energy:.1%}"),
+    )
 
 
 def _pairs(found: Inspection) -> Table:

@@ -25,7 +25,8 @@ def verification(found: Verification) -> list[Table | str]:
         table.add_row(each.name, state, _number(each.figure), _number(each.tolerance), escape(each.said))
     table.caption = escape(f"asked by {found.batch}")
     said = [_speed(found.speed)] if found.speed is not None else []
-    return [table, *said, _summary(found.checks)]
+    missing = [escape(f"no speed: {found.no_speed}")] if found.no_speed is not None else []
+    return [table, *said, *missing, _summary(found.checks)]
 
 
 def _summary(checks: tuple[Check, ...]) -> str:

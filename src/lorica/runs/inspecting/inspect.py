@@ -9,54 +9,25 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lorica import files, models, results
+from lorica import files, results
 from lorica.adapters import peft_format
 from lorica.adapters.adapter import Adapter, aligned
 from lorica.adapters.delta import zero
 from lorica.analysis.conflict import Pair, measure, pairs
 from lorica.analysis.portrait import ModuleFigures, Portrait, portrait
-from lorica.config import InspectConfig, ModelConfig
+from lorica.config import InspectConfig
 from lorica.config.contradictions import LOW_RANK
-from lorica.errors import ConfigError, LoricaError
+from lorica.errors import ConfigError
 from lorica.merging.layers import layer_of
+from lorica.progress import tracked
+from lorica.runs.inspecting.boosters import BoosterFigures, booster_figures, ledger_of
+from lorica.runs.inspecting.share import Share, share_of
 from lorica.runs.inspecting.states import FOLDER as STATES
 from lorica.runs.inspecting.states import Stage, stages
 from lorica.runs.sources import Place, locate
-from lorica.runs.training.lora import factors
-from lorica.training.ledger import Ledger
 
-LEDGER = "ledger.jsonl"
 JSON, CSV = "inspect.json", "inspect.csv"
-NUM_CUMULATIVE = 32  # of a long chain: so many of its sums are measured, evenly spread, the last among them
 ALL_LAYERS = "all"
-
-
-@dataclass(frozen=True)
-class Share:
-    """How much of its base model an adapter trains; None, with the reason, where the base is not at hand."""
-
-    num_trainable: int
-    num_parameters: int | None = None  # of the base model
-    reason: str | None = None
-
-    @property
-    def trainable_share(self) -> float | None:
-        return None if self.num_parameters is None else self.num_trainable / self.num_parameters
-
-
-@dataclass(frozen=True)
-class BoosterFigures:
-    """One round of a boosted run, and the chain up to it; the chain's figures are None where they were not measured."""
-
-    round: int
-    accepted: bool
-    weight: float
-    rank: int
-    norm: float  # of what the round adds, its weight in it
-    effective_rank: float  # mean over modules
-    chain_rank: int
-    chain_norm: float | None
-    chain_effective_rank: float | None
 
 
 @dataclass(frozen=True)
@@ -83,17 +54,16 @@ class LayerPairs:
 class Inspection:
     """Adapters by themselves and between each other; `folder` is where the figures were saved, if they were."""
 
+    energy_at: int  # directions, of which the rounds' energies are
     adapters: tuple[Inspected, ...]
     layers: tuple[LayerPairs, ...]  # the first is over all modules; none of a single adapter
     stages: tuple[Stage, ...] = ()  # of a run whose representations were asked for
     folder: Path | None = None
 
     def as_record(self) -> dict[str, Any]:
-        adapters = [asdict(each) for each in self.adapters]
-        for line, each in zip(adapters, self.adapters, strict=True):
-            line["share"]["trainable_share"] = each.share.trainable_share
+        adapters = [asdict(each) | {"share": each.share.as_record()} for each in self.adapters]
         layers, moved = [asdict(each) for each in self.layers], [asdict(each) for each in self.stages]
-        return {"adapters": adapters, "layers": layers, "stages": moved}
+        return {"energy_at": self.energy_at, "adapters": adapters, "layers": layers, "stages": moved}
 
     def as_csv(self) -> str:
         """One line for each module of each adapter; singular values and energies are in the JSON alone."""
@@ -120,8 +90,9 @@ def inspect(words: Sequence[str], given: InspectConfig) -> Inspection:
     adapters = {place.name: _read(place) for place in places}
     if given.representations and (len(places) > 1 or places[0].run is None):
         raise ConfigError("representations=true looks at the stages of one run on its own task: name one run folder")
-    single = tuple(_inspected(place, adapters[place.name], given.model) for place in places)
-    found = Inspection(single, tuple(_between(adapters)))
+    measured = tracked(places, len(places), "measuring adapters")
+    single = tuple(_inspected(place, adapters[place.name], given) for place in measured)
+    found = Inspection(given.energy_at, single, tuple(_between(adapters)))
     folder = files.claim_folder(Path(given.output_dir)) if given.output_dir is not None else None
     if given.representations:
         found = replace(found, stages=tuple(_stages(places[0], given, folder)))
@@ -151,67 +122,16 @@ def _read(place: Place) -> Adapter:
     return peft_format.read(place.folder)
 
 
-def _inspected(place: Place, adapter: Adapter, model: ModelConfig | None) -> Inspected:
+def _inspected(place: Place, adapter: Adapter, given: InspectConfig) -> Inspected:
+    ledger = ledger_of(results.RunFolder(place.folder.parent)) if place.run is not None else None
     return Inspected(
         name=place.name,
         folder=str(place.folder),
         base_model=adapter.base_model,
         portrait=portrait(adapter),
-        share=_share(place, adapter, model),
-        boosters=tuple(_boosters(place)),
+        share=share_of(adapter, place.run, ledger.boosters if ledger else (), given.model),
+        boosters=tuple(booster_figures(ledger, given.energy_at)) if ledger else (),
     )
-
-
-def _share(place: Place, adapter: Adapter, model: ModelConfig | None) -> Share:
-    """What is trained over what there is; the base's own head, if it has one, is counted as the adapter has it."""
-    drawn = sum(update.A.numel() for update in adapter.updates.values())
-    count = adapter.num_parameters() - (drawn if place.run is not None and factors(place.run) == "B" else 0)
-    named = model or (place.run.model if place.run else None)
-    if named is None and not adapter.base_model:
-        return Share(count, reason="the adapter does not name its base model: give model=NAME")
-    named = named or ModelConfig(name=str(adapter.base_model))
-    kind = named.kind if named.kind != "auto" else "classification" if adapter.heads else None
-    try:
-        base = models.on_meta(named.name, kind=kind, revision=named.revision, trust_remote_code=named.trust_remote_code)
-    except LoricaError as error:
-        return Share(count, reason=str(error))
-    heads = sum(value.numel() for head in adapter.heads.values() for value in head.values())
-    inside = tuple(f"{path}." for path in adapter.heads)
-    body = sum(each.numel() for name, each in base.model.named_parameters() if not name.startswith(inside))
-    return Share(count, body + heads)
-
-
-def _boosters(place: Place) -> Iterator[BoosterFigures]:
-    """The rounds of a boosted run; of a long chain some sums alone are measured, the last among them."""
-    run = results.RunFolder(place.folder.parent)
-    if place.run is None or not (run.path / LEDGER).exists():
-        return
-    ledger = Ledger.open(run.path)
-    count = len(ledger.boosters)
-    step = max(1, -(-count // NUM_CUMULATIVE))
-    chain_rank = 0
-    for number, booster in enumerate(ledger.boosters, 1):
-        added = Adapter(booster.updates) * booster.entry.weight
-        rank = max((update.rank for update in added.updates.values()), default=0)
-        chain_rank += rank if booster.entry.weight else 0
-        is_measured = (count - number) % step == 0
-        chain = portrait(Adapter(ledger.truncated(number).chain().updates)) if is_measured else None
-        yield BoosterFigures(
-            round=booster.entry.round,
-            accepted=booster.entry.accepted,
-            weight=booster.entry.weight,
-            rank=rank,
-            norm=added.norm(),
-            effective_rank=_mean_effective_rank(portrait(Adapter(booster.updates))),
-            chain_rank=chain_rank,
-            chain_norm=chain.norm if chain else None,
-            chain_effective_rank=_mean_effective_rank(chain) if chain else None,
-        )
-
-
-def _mean_effective_rank(found: Portrait) -> float:
-    ranks = [each.effective_rank for each in found.modules]
-    return sum(ranks) / len(ranks) if ranks else 0.0
 
 
 def _between(adapters: Mapping[str, Adapter]) -> Iterator[LayerPairs]:
@@ -221,7 +141,8 @@ def _between(adapters: Mapping[str, Adapter]) -> Iterator[LayerPairs]:
     aligned(list(adapters.values()), "union")  # which refuses a module of different shapes
     shapes = {path: update.shape for adapter in adapters.values() for path, update in adapter.updates.items()}
     modules = {
-        path: measure([each.updates.get(path) or zero(shapes[path]) for each in adapters.values()]) for path in shapes
+        path: measure([each.updates.get(path) or zero(shapes[path]) for each in adapters.values()])
+        for path in tracked(shapes, len(shapes), "comparing modules")
     }
     names = list(adapters)
     yield LayerPairs(ALL_LAYERS, tuple(pairs(names, list(modules.values()))))

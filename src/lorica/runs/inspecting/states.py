@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from lorica.analysis.equivalence import laid_on
 from lorica.analysis.representations import hidden_states, linear_cka, relative_distance
 from lorica.config import TrainConfig
 from lorica.errors import ConfigError
+from lorica.progress import tracked
 from lorica.results import RunFolder
 from lorica.runs.inspecting.texts import padded, text_of
 from lorica.runs.ready import Ready, chosen, prepare
@@ -53,8 +55,9 @@ def stages(run: RunFolder, cfg: TrainConfig, *, num_examples: int, device: str, 
     base = _states(ready, texts)
     _keep(output, "base", base)
     found = []
-    for name, step, adapter in _adapters(run, cfg):
-        with laid_on(ready.base.model, adapter):
+    adapters = _adapters(run, cfg)
+    for name, step, read in tracked(adapters, len(adapters), "looking at stages"):
+        with laid_on(ready.base.model, read()):
             states = _states(ready, texts)
         _keep(output, name, states)
         pairs = list(zip(states, base, strict=True))
@@ -63,21 +66,23 @@ def stages(run: RunFolder, cfg: TrainConfig, *, num_examples: int, device: str, 
     return found
 
 
-def _adapters(run: RunFolder, cfg: TrainConfig) -> Iterator[tuple[str, int | None, Adapter]]:
-    """(name, steps done, adapter), the last one last."""
+def _adapters(run: RunFolder, cfg: TrainConfig) -> list[tuple[str, int | None, Callable[[], Adapter]]]:
+    """(name, steps done, how its adapter is had), the last one last."""
     last = peft_format.read(run.adapter)
+    found: list[tuple[str, int | None, Callable[[], Adapter]]] = []
     if cfg.adapter.kind == "xgblora":
         ledger = Ledger.open(run.path)
         for number, booster in enumerate(ledger.boosters, 1):
-            yield f"round-{booster.entry.round}", booster.entry.last_step, ledger.truncated(number).chain()
+            found.append((f"round-{booster.entry.round}", booster.entry.last_step, ledger.truncated(number).chain))
     else:
         for snapshot in whole_checkpoints(run.checkpoints):
-            yield f"step-{snapshot.step}", snapshot.step, _of_checkpoint(snapshot, last)
+            found.append((f"step-{snapshot.step}", snapshot.step, partial(_of_checkpoint, snapshot, last)))
     if run.best("adapter").is_dir():
         losses = files.read_records(run.eval_loss)
-        yield "best", min(losses, key=lambda line: line["loss"])["step"], peft_format.read(run.best("adapter"))
+        best = min(losses, key=lambda line: line["loss"])["step"]
+        found.append(("best", best, partial(peft_format.read, run.best("adapter"))))
     steps = files.read_records(run.training_loss)
-    yield "last", steps[-1]["step"] if steps else None, last
+    return [*found, ("last", steps[-1]["step"] if steps else None, lambda: last)]
 
 
 def _of_checkpoint(snapshot: Snapshot, like: Adapter) -> Adapter:

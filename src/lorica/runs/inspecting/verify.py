@@ -13,32 +13,33 @@ from lorica import files, results
 from lorica.adapters import injection
 from lorica.adapters.adapter import Adapter
 from lorica.analysis import equivalence
-from lorica.analysis.checks import Check, failed, skipped
-from lorica.analysis.equivalence import Speed
+from lorica.analysis.checks import Check, failed, first_line, skipped
+from lorica.analysis.equivalence import Amplified, Speed
 from lorica.config import VerifyConfig
 from lorica.errors import LoricaError
+from lorica.progress import tracked
 from lorica.results import RunFolder
 from lorica.runs.inspecting import verify_files
 from lorica.runs.inspecting.verify_case import Case, case_of
-from lorica.runs.training.lora import factors
 from lorica.runs.training.tracking import log_checks
 
 JSON = "verification.json"
+NUM_CHECKS = 20
 NUM_ROUNDS = 7  # of timing
 LARGEST_RANK = 8  # of the fresh adapter by which learning is looked at
-QUANTISED = "the base is quantised: its weights take no update"
 NO_EFFECT = "the updates change no logit, and two forms of nothing are always equal"
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Every check, what the fixed batch was, and the speed if that was asked for."""
+    """Every check, what the fixed batch was, and, if it was asked for, the speed or why there is none."""
 
     target: str
     base_model: str
     batch: str
     checks: tuple[Check, ...]
     speed: Speed | None = None
+    no_speed: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -58,15 +59,33 @@ def verify(word: str, given: VerifyConfig, say: Console) -> Verification:
     if given.output_dir is not None:
         results.check_free(given.output_dir)
     case = case_of(word, given)
-    checks = [*_of_kept(case), *_of_training(case)]
-    taken = equivalence.speed(case.subject, NUM_ROUNDS) if given.speed and case.unsound is None else None
-    checks += _of_forms(case)
-    found = Verification(word, case.base.name, case.batch.origin, tuple(checks), taken)
+    taken, why_not = _timed(case) if given.speed else (None, None)
+    checks = list(tracked(_checks(case), NUM_CHECKS, "checking"))
+    found = Verification(word, case.base.name, case.batch.origin, tuple(checks), taken, why_not)
     _leave(found, case.run, given.output_dir)
     if case.run is not None and case.run.trainer_state.exists():
         made = {each.name: each.state == "pass" for each in checks if each.state != "skip"}
         log_checks(case.run, made, say)
     return found
+
+
+def _timed(case: Case) -> tuple[Speed | None, str | None]:
+    """The speed, or why it cannot be taken."""
+    if (reason := case.unsound or case.unfusable) is not None:
+        return None, reason
+    try:
+        return equivalence.speed(case.subject, NUM_ROUNDS), None
+    except (LoricaError, RuntimeError) as error:
+        return None, first_line(error)
+
+
+def _checks(case: Case) -> Iterator[Check]:
+    """Every check; PEFT's last, for PEFT leaves its own layers on the model."""
+    yield from _of_kept(case)
+    yield from _of_training(case)
+    yield from _of_forms(case)
+    yield from _looked(["base_unchanged"], lambda: [verify_files.of_base(case)])
+    yield from _compared(case, ["peft"], lambda strong: [verify_files.of_peft(case, strong)])
 
 
 def _leave(found: Verification, run: RunFolder | None, output_dir: str | None) -> None:
@@ -89,9 +108,8 @@ def _of_kept(case: Case) -> Iterator[Check]:
 
 def _of_training(case: Case) -> Iterator[Check]:
     """What a step of training does, and what a few do."""
-    only_B = case.cfg is not None and factors(case.cfg) == "B"
     names = ["trainable", "forward", "backward", "base_gradients"]
-    yield from _sound(case, names, lambda: equivalence.of_training(case.subject, only_B=only_B))
+    yield from _sound(case, names, lambda: equivalence.of_training(case.subject, only_B=case.only_B))
     yield from _sound(case, ["learns"], lambda: [equivalence.of_learning(case.subject, _fresh(case))])
 
 
@@ -103,24 +121,20 @@ def _fresh(case: Case) -> Adapter:
 
 
 def _of_forms(case: Case) -> Iterator[Check]:
-    """The adapter live, fused, taken off, written and read; PEFT last, which leaves its own layers on the model."""
+    """The adapter live, taken off, written and read, fused and unfused."""
     yield from _sound(case, ["removal"], lambda: [equivalence.of_removal(case.subject)])
     yield from _sound(case, ["round_trip"], lambda: [verify_files.of_round_trip(case)])
     yield from _sound(case, ["portable"], lambda: [verify_files.of_portable(case)])
-    strong = equivalence.amplified(case.subject) if case.unsound is None else None
-    is_float = case.model.quantization == "none"
-    if is_float:
-        yield from _sound(case, ["unfuse"], lambda: [equivalence.of_unfusing(case.subject)])
-    else:
-        yield from skipped(["unfuse"], QUANTISED)
-    if case.unsound is not None or strong is None:
-        yield from skipped(["fused", "top_1", "peft"], case.unsound or NO_EFFECT)
+    if case.unsound is None and case.unfusable is not None:
+        yield from skipped(["unfuse", "fused", "top_1"], case.unfusable)
         return
-    if is_float:
-        yield from _looked(["fused", "top_1"], lambda: equivalence.of_fusing(case.subject, strong))
-    else:
-        yield from skipped(["fused", "top_1"], QUANTISED)
-    yield from _looked(["peft"], lambda: [verify_files.of_peft(case, strong)])
+    yield from _sound(case, ["unfuse"], lambda: [equivalence.of_unfusing(case.subject)])
+    yield from _compared(case, ["fused", "top_1"], lambda strong: equivalence.of_fusing(case.subject, strong))
+
+
+def _compared(case: Case, names: Sequence[str], look: Callable[[Amplified], Iterable[Check]]) -> list[Check]:
+    """Checks that two forms are equal, which mean something only of an adapter that changes a logit."""
+    return _sound(case, names, lambda: look(case.strong) if case.strong is not None else skipped(names, NO_EFFECT))
 
 
 def _sound(case: Case, names: Sequence[str], look: Callable[[], Iterable[Check]]) -> list[Check]:
@@ -136,5 +150,5 @@ def _looked(names: Sequence[str], look: Callable[[], Iterable[Check]]) -> list[C
             found.append(check)
     except (LoricaError, RuntimeError) as error:
         done = {each.name for each in found}
-        found += failed([name for name in names if name not in done], str(error).splitlines()[0])
+        found += failed([name for name in names if name not in done], first_line(error))
     return found

@@ -12,20 +12,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorica import files, models, randomness
+from lorica import files, models, plugins, randomness
 from lorica.adapters import injection, peft_format
 from lorica.adapters.adapter import Adapter
-from lorica.analysis.equivalence import Subject
+from lorica.analysis import equivalence
+from lorica.analysis.equivalence import Amplified, Subject
 from lorica.config import ModelConfig, TrainConfig, VerifyConfig
 from lorica.config.contradictions import LOW_RANK
-from lorica.errors import ConfigError, LoricaError
+from lorica.errors import ConfigError, LoricaError, MissingPathError
 from lorica.models import Base, Kind
 from lorica.results import RunFolder
 from lorica.runs.evaluating.targets import Target, resolve_target
+from lorica.runs.inspecting.boosters import ledger_of
 from lorica.runs.inspecting.texts import padded, text_of
 from lorica.runs.ready import chosen, kinds, load_base, loaded_task, ready
+from lorica.runs.training.lora import factors
+from lorica.training.ledger import Ledger
 
 NUM_ROWS, NUM_TOKENS = 8, 32
+RUNS, NAMING = Path("runs"), ("config.yaml", peft_format.CONFIG_FILE)  # where runs lie, what tells a run or an adapter
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,6 @@ class Case:
 
     folder: Path
     adapter: Adapter
-    model: ModelConfig
     base: Base
     checksum: str  # of the base, before anything was laid on it
     run: RunFolder | None
@@ -65,9 +69,15 @@ class Case:
         """What the run recorded at its end; empty of an adapter alone, and of a run that did not end."""
         return files.read_json(self.run.record) if self.run is not None and self.run.record.exists() else {}
 
+    @cached_property
+    def ledger(self) -> Ledger | None:
+        """The boosters of a boosted run; None of any other. Raises AdapterFormatError as `ledger_of` does."""
+        return ledger_of(self.run) if self.run is not None else None
+
     @property
-    def is_boosted(self) -> bool:
-        return self.run is not None and (self.run.path / "ledger.jsonl").exists()
+    def only_B(self) -> bool:
+        """Whether the run left A as it was drawn."""
+        return self.cfg is not None and factors(self.cfg) == "B"
 
     @cached_property
     def subject(self) -> Subject:
@@ -94,9 +104,28 @@ class Case:
         """Why no number that the adapter gives means anything; None if it is finite and fits the base."""
         return self.misfit if self.adapter.is_finite() else "the adapter holds NaN or infinity"
 
+    @cached_property
+    def unfusable(self) -> str | None:
+        """Why no update can be written into the base's weights; None if those that it is for are float matrices."""
+        model = self.base.model
+        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+        weights = {path: tensors.get(f"{path}.weight") for path in self.adapter.updates}
+        quantised = [path for path, weight in weights.items() if weight is None or not weight.is_floating_point()]
+        return f"the base is quantised: the weight of {quantised[0]} takes no update" if quantised else None
+
+    @cached_property
+    def strong(self) -> Amplified | None:
+        """The adapter with its effect on the logits made plain; None of one that has none."""
+        return equivalence.amplified(self.subject)
+
 
 def case_of(word: str, given: VerifyConfig) -> Case:
-    """A run or an adapter folder, loaded with its base. Raises ConfigError for what has no low-rank updates."""
+    """A run or an adapter folder, loaded with its base.
+
+    Raises MissingPathError for what is not there, with the nearest names, ConfigError for what has no low-rank updates.
+    """
+    if word != "demo" and not Path(word).expanduser().exists():
+        raise MissingPathError(_missing(word))
     target = resolve_target(word, given.model)
     model = target.model
     if target.cfg is not None and given.model is not None:
@@ -108,7 +137,6 @@ def case_of(word: str, given: VerifyConfig) -> Case:
     return Case(
         folder=target.folder,
         adapter=adapter,
-        model=model,
         base=base,
         checksum=models.checksum(base),
         run=target.run,
@@ -116,6 +144,15 @@ def case_of(word: str, given: VerifyConfig) -> Case:
         batch=_batch(model, target.cfg, base, given.seed),
         max_trainable_share=given.max_trainable_share,
     )
+
+
+def _missing(word: str) -> str:
+    """The message for a word that names nothing: the nearest runs and adapters, beside it and in runs/."""
+    beside = [each for folder in (Path(word).parent, RUNS) if folder.is_dir() for each in sorted(folder.iterdir())]
+    known = {each.name: str(each) for each in beside if any((each / name).is_file() for name in NAMING)}
+    near = [known[name] for name in plugins.nearest(Path(word).name, known)]
+    hint = f": did you mean {' or '.join(near)}?" if near else ": give the folder of a run or of an adapter"
+    return f"there is no run, adapter or model folder {word!r}{hint}"
 
 
 def _adapter_of(word: str, target: Target) -> Adapter:

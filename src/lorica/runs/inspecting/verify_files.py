@@ -15,13 +15,12 @@ from lorica.adapters import injection, peft_config, peft_format
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.delta import LowRank
 from lorica.adapters.peft_format import Profile
-from lorica.analysis.checks import Check, counted, judged, skipped
+from lorica.analysis.checks import Check, counted, failed, first_line, judged, skipped
 from lorica.analysis.equivalence import TOLERANCES, Amplified
 from lorica.errors import AdapterFormatError
+from lorica.runs.inspecting.share import at_once, rounds_of
 from lorica.runs.inspecting.verify_case import Case
 from lorica.runs.ready import write_adapter
-from lorica.runs.training.lora import factors
-from lorica.training.ledger import Ledger
 
 FOLDED = 1e-6  # of the norm: what folding a scale into float32 factors may round
 
@@ -82,33 +81,27 @@ def _expected_targets(case: Case) -> list[str] | str:
 
 def of_size(case: Case) -> Check:
     """share: the factors that are trained at once, in the base's parameters."""
+    try:
+        boosters = case.ledger.boosters if case.ledger is not None else []
+    except AdapterFormatError:
+        return skipped(["share"], "the rounds cannot be read: see the chain")[0]
+    parts = [Adapter(each.updates) for each in rounds_of(case.adapter, boosters)]
+    count = sum(at_once(parts, only_B=case.only_B).values())
     total = sum(parameter.numel() for parameter in case.base.model.parameters())
-    only_B = case.cfg is not None and factors(case.cfg) == "B"
-    rank = _rank_of_rounds(case)
-    count = sum(
-        min(update.rank, rank or update.rank) * (update.shape[0] + (0 if only_B else update.shape[1]))
-        for update in case.adapter.updates.values()
-    )
-    of_round = " of a round" if rank else ""
-    said = f"{count:,} trained numbers{of_round} in the base's {total:,}, heads not counted"
-    return judged("share", count / total, case.max_trainable_share, said)
-
-
-def _rank_of_rounds(case: Case) -> int | None:
-    """The largest rank that a round trains; None of an adapter that is trained in one piece."""
-    if case.cfg is None or case.cfg.adapter.kind != "xgblora":
-        return None
-    return max(case.cfg.boosting.ranks or [case.cfg.adapter.rank or 1])
+    of_round = " in a round" if boosters else ""
+    said = f"{count:,} numbers trained at once{of_round}, of the base's {total:,}, heads not counted"
+    advice = ": max_trainable_share= sets the bound" if count / total > case.max_trainable_share else ""
+    return judged("share", count / total, case.max_trainable_share, said + advice)
 
 
 def of_chain(case: Case) -> Check:
     """chain: the boosters of the ledger, added up, are the adapter that the run exported."""
-    if not case.is_boosted or case.run is None or case.cfg is None:
-        return skipped(["chain"], "no boosted run: there is no ledger")[0]
     try:
-        ledger = Ledger.open(case.run.path)
+        ledger = case.ledger
     except AdapterFormatError as error:
         return counted("chain", [str(error)], "")
+    if ledger is None or case.cfg is None:
+        return skipped(["chain"], "no boosted run: there is no ledger")[0]
     chain, number = ledger.chain(), len(ledger.boosters)
     if not chain.updates:
         wrong = [f"{path} is not zero" for path, update in case.adapter.updates.items() if update.B.any()]
@@ -133,23 +126,40 @@ def of_portable(case: Case) -> Check:
     return judged("portable", distance, FOLDED, "distance of profile=portable from the adapter, relative")
 
 
+def of_base(case: Case) -> Check:
+    """base_unchanged: what training, fusing and taking off have left of the base is what was loaded, bit for bit."""
+    wrong = [] if models.checksum(case.base) == case.checksum else ["the checks have left other weights in the base"]
+    return counted("base_unchanged", wrong, "after the checks above every weight of the base is as it was loaded")
+
+
 def of_peft(case: Case, strong: Amplified) -> Check:
     """peft: the folder, as PEFT loads it, gives the live logits. PEFT leaves its layers on the model: ask it last."""
     try:
-        import peft
-        from peft.tuners.lora import LoraLayer
+        import peft  # noqa: F401
     except ImportError:
         return skipped(["peft"], "peft is not installed: pip install peft")[0]
+    try:
+        found = _logits_of_peft(case, strong.factor)
+    except Exception as error:  # of any kind: PEFT takes a strange config at its word, and fails where that leads
+        return failed(["peft"], f"as PEFT loads it, the adapter gives {type(error).__name__}: {first_line(error)}")[0]
+    tolerance = TOLERANCES[case.subject.dtype]
+    return judged("peft", strong.difference(found), tolerance, f"as PEFT loads it against live, {strong.said}")
+
+
+@torch.no_grad()
+def _logits_of_peft(case: Case, factor: float) -> Tensor:
+    """Of the fixed batch, the updates times `factor`."""
+    import peft
+    from peft.tuners.lora import LoraLayer
+
     with warnings.catch_warnings(), torch.random.fork_rng():  # PEFT draws its factors before it loads them
         warnings.simplefilter("ignore")
         model = peft.PeftModel.from_pretrained(case.base.model, str(case.folder)).eval()
         for module in model.modules():
             if isinstance(module, LoraLayer):
-                module.scale_layer(strong.factor)
-        with torch.no_grad():
-            found: Tensor = model(**case.batch.inputs).logits.float()
-    tolerance = TOLERANCES[case.subject.dtype]
-    return judged("peft", strong.difference(found), tolerance, f"as PEFT loads it against live, {strong.said}")
+                module.scale_layer(factor)
+        found: Tensor = model(**case.batch.inputs).logits.float()
+    return found
 
 
 def _rewritten(case: Case, profile: Profile) -> Adapter:
