@@ -542,6 +542,44 @@ def test_peft_reads_an_exported_merge(load: Load, tmp_path: Path, family: str, m
     assert tiny.relative(tiny.logits(theirs), expected) < TOLERANCE
 
 
+def by_every_method(name: str, base: Base, as_factors: bool) -> Merge:
+    """Two adapters of one rank under the method's defaults; inputs, where it needs them, are white."""
+    paths, method = linear(base), methods.load(name, {}, 2)
+    adapters = {each: tiny.adapter(base.model, paths, rank=3, seed=seed) for seed, each in ((2, "a"), (3, "b"))}
+    grams = {path: (torch.eye(update.shape[1]),) * 2 for path, update in adapters["a"].updates.items()}
+    return prepare(adapters, method, grams=grams if method.needs_grams else None, as_factors=as_factors, num_workers=1)
+
+
+@pytest.mark.parametrize("name", methods.METHODS.names())
+def test_every_methods_adapter_states_the_error_that_is_measured(load: Load, tmp_path: Path, name: str) -> None:
+    base = load("llama")
+    made = {each.path: each.update for each in by_every_method(name, base, as_factors=False).modules()}
+    kept = list(by_every_method(name, base, as_factors=True).modules())
+    peft_format.write(saving.adapter(kept), tmp_path / "merged")
+    reloaded = peft_format.read(tmp_path / "merged").updates
+    for each in kept:
+        update = made[each.path]
+        exact = update.dense() if isinstance(update, LowRank) else update
+        lost, norm = (
+            float(torch.linalg.vector_norm(matrix)) for matrix in (reloaded[each.path].dense() - exact, exact)
+        )
+        assert lost == pytest.approx(each.error * norm, abs=1e-5)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", methods.METHODS.names())
+def test_peft_reads_every_methods_adapter(load: Load, tmp_path: Path, name: str) -> None:
+    peft = pytest.importorskip("peft")
+    base = load("llama")
+    merge = by_every_method(name, base, as_factors=True)
+    peft_format.write(saving.adapter(merge.modules()), tmp_path / "merged")
+    with attach(base.model, merge.modules()):
+        expected = tiny.logits(base.model)
+    theirs = peft.PeftModel.from_pretrained(load("llama").model, tmp_path / "merged").eval()
+    assert tiny.relative(tiny.logits(theirs), expected) < TOLERANCE
+
+
 # --- a merge on a live model ---
 
 

@@ -157,6 +157,7 @@ def test_the_portable_profile_is_written_and_read(data: Path, tmp_path: Path) ->
         (["model.kind=causal", "task.kind=classification"], ["task.kind=classification", "causal"]),
         (["device=quantum"], ["device", "quantum"]),
         (["output_dir=taken"], ["output_dir", "taken", "nothing is written over"]),
+        (["output_dir=taken/file/out"], ["taken/file", "is a file"]),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

@@ -10,6 +10,7 @@ import pytest
 from lorica import config
 from lorica.config import MergeConfig, SweepConfig
 from lorica.errors import ConfigError
+from lorica.runs.merging.settling import settings
 from lorica.runs.studying.sweep_bench import merge_at
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "merge" / "merge_weighted_delta_sweep_bayes.yaml"
@@ -64,6 +65,21 @@ def test_a_point_is_set_where_its_name_says() -> None:
     assert policy is not None and (policy.default, policy.overrides) == (0.5, {"0": 0.1})
     with pytest.raises(ConfigError, match="cannot be set"):
         merge_at(cfg, {"lambda.deep": 1})
+
+
+def test_every_value_of_a_policy_is_checked_before_a_sweep() -> None:
+    cfg = sweep_config(search=GRID, lambda_policy={"type": "per_layer", "default": 0.5})
+    assert settings(merge_at(cfg, {"lambda_policy.overrides.0": 1.0}), 2)["policy"].overrides == {"0": 1.0}
+    for key, named in (("overrides.0", "weighted_delta, layer 0"), ("default", "weighted_delta")):
+        with pytest.raises(ConfigError, match=f"lambda_policy of method {named}: lambda=1.5"):
+            settings(merge_at(cfg, {f"lambda_policy.{key}": 1.5}), 2)
+    with pytest.raises(ConfigError, match="both set lambda"):
+        merge_at(cfg, {"lambda": 0.5})
+
+
+def test_a_sweeps_constraint_is_not_its_merges() -> None:
+    cfg = sweep_config(search=GRID, constraint_nonnegative=True)
+    assert not merge_at(cfg, {"lambda": 0.5}).constraint_nonnegative
 
 
 def test_an_acquisition_is_of_bayes() -> None:

@@ -49,6 +49,7 @@ def mezo() -> None:
 def _run(commands: typer.Typer) -> None:
     """A user's mistake is one line on stderr and exit code 2, never a traceback."""
     warnings.simplefilter("default")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         commands()
     except LoricaError as error:
@@ -178,7 +179,10 @@ def merge(context: typer.Context) -> None:
         OUT.print(tables.merge_audit(runs.audit_merge(targets, cfg)))
         return
     asked = [word for word in ("--plan", "--diagnose") if word in words]
-    cfg = config.read(config.MergeConfig, [word for word in words if word not in asked])
+    targets, words = config.targets_apart(config.MergeConfig, [word for word in words if word not in asked])
+    if targets:
+        raise ConfigError(f"{' '.join(targets)}: adapters stand behind --adapters: lorica merge --adapters A B")
+    cfg = config.read(config.MergeConfig, words)
     if "--plan" in asked:
         OUT.print(tables.merge_plan(runs.plan_merge(cfg)))
     if "--diagnose" in asked:

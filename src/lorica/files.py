@@ -27,7 +27,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lorica.errors import DataError, FolderInUseError, MissingPathError, OutputExistsError
+from lorica.errors import ConfigError, DataError, FolderInUseError, MissingPathError, OutputExistsError
 
 Record = Mapping[str, Any]
 
@@ -77,19 +77,49 @@ def staged_folder(path: Path) -> Iterator[Path]:
     """A new empty folder to fill; it becomes `path` in one rename when the block ends without an error.
 
     A folder already at `path` is set aside by a rename, comes back if the new one cannot take its place, and is deleted
-    last. A kill between those two renames leaves both beside `path`, whole, under hidden names.
+    last. A kill between those two renames leaves both beside `path`, whole, under hidden names. After an error nothing
+    is left, parents made for it included. Raises ConfigError where no folder can be made.
     """
-    staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.staging")
-    staging.mkdir(parents=True)
-    try:
+    with _staging_for(path) as staging:
         yield staging
         for file in staging.rglob("*"):
             _sync(file)
         sync_folder(staging)
         _swap_in(staging, path)
-    except BaseException:
+
+
+def check_makeable(path: Path) -> None:
+    """Raise ConfigError unless a folder can be made at `path`, which making one beside it tells; nothing is left."""
+    with _staging_for(path):
+        pass
+
+
+@contextlib.contextmanager
+def _staging_for(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`; where it is not renamed it goes at the end, and the parents made for it with it."""
+    if path.name in ("", ".."):
+        raise ConfigError(f"{str(path)!r} does not name a new folder: give one a name")
+    staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.staging")
+    missing = [parent for parent in staging.parents if not os.path.lexists(parent)]
+    try:
+        _make_folder(staging, path)
+        yield staging
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
+        for parent in missing:
+            with contextlib.suppress(OSError):  # something lies in it: what was made, or another process's
+                parent.rmdir()
+
+
+def _make_folder(staging: Path, path: Path) -> None:
+    try:
+        with contextlib.suppress(FileNotFoundError):  # another process has just taken away parents that it had made
+            return staging.mkdir(parents=True)
+        staging.mkdir(parents=True)
+    except OSError as error:
+        nearest = next(each for each in path.parents if each.exists())
+        reason = f"{str(nearest)!r} is a file" if not nearest.is_dir() else (error.strerror or str(error)).lower()
+        raise ConfigError(f"no folder can be made at {str(path)!r}: {reason}; name another one") from None
 
 
 def _swap_in(staging: Path, path: Path) -> None:

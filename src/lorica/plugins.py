@@ -54,6 +54,12 @@ class Catalogue:
         pairs = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
         return [(_spelled(argument.arg), ast.unparse(default) if default else "") for argument, default in pairs]
 
+    def constants(self, name: str) -> dict[str, ast.expr]:
+        """What the plug-in assigns to names in capitals, read as text."""
+        assigned = (node for node in self._parsed(name).body if isinstance(node, ast.Assign))
+        named = ((target, node.value) for node in assigned for target in node.targets if isinstance(target, ast.Name))
+        return {target.id: value for target, value in named if target.id.isupper()}
+
     def load(self, name: str, attribute: str, default: Any = REQUIRED) -> Any:
         """`attribute` of the plug-in called `name`; case and hyphens do not matter."""
         known = name.lower().replace("-", "_")

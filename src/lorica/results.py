@@ -103,9 +103,11 @@ def new_run(output_dir: str | None, name: str) -> RunFolder:
 
 
 def check_free(output_dir: str) -> None:
-    """Raise OutputExistsError if a run could not take `output_dir`; for asking before any work is done."""
+    """Ask before any work is done: raise OutputExistsError or ConfigError if a run could not take `output_dir`."""
     path = Path(output_dir)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not path.exists():
+        files.check_makeable(path)
+    elif not path.is_dir() or any(path.iterdir()):
         files.claim_folder(path)
 
 

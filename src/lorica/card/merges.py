@@ -16,7 +16,7 @@ tags: [lora, lorica, merge]
 # {title}
 
 {num_sources} adapters of `{base_model}` merged by **{method}** ({params}), module by module over {num_modules} modules.
-{size}
+{asked} {size}
 
 {learning}## What went in
 
@@ -44,14 +44,21 @@ USAGE = {
 }
 
 
+FORM = {
+    "adapter": "There is no module in it.",
+    "dense": "The update is dense.",
+    "model": "It is fused into the base.",
+    None: "The update is dense.",
+}  # of a merge without ranks
+
+
 def merge_card(
     metadata: Mapping[str, Any], summary: Mapping[str, Any], split: str, *, folder: str, is_causal: bool
 ) -> str:
     """The card of one merge, of a causal base model or of another, as Markdown; figures come from its own records."""
     sources = metadata["sources"]
     learning = metadata["learning"]
-    options = {} if learning else metadata["method_params"]
-    params = ", ".join(f"{name.removesuffix('_')}={value}" for name, value in options.items())
+    params = "coefficients learned" if learning else ", ".join(_options(metadata)) or "no options"
     weights = learning["mean_coefficients"] if learning else metadata["weights"]
     rows = [
         f"| {each['name']} | {weights[each['name']]:.4g} | {', '.join(map(str, each['ranks']))} | "
@@ -64,17 +71,44 @@ def merge_card(
         title=f"{' + '.join(each['name'] for each in sources)}, merged by {metadata['method']}",
         num_sources=len(sources),
         method=metadata["method"],
-        params="coefficients learned" if learning else params or "no options",
+        params=params,
+        asked=_asked(metadata),
         learning=_learning(learning) if learning else "",
         weight="mean coefficient" if learning else "weight",
         num_modules=summary["num_modules"],
-        size=f"The largest rank is {rank}." if rank else "The update is dense.",
+        size=f"The largest rank is {rank}." if rank else FORM[metadata["save"]],
         source_rows="\n".join(rows),
         dropped=_dropped(metadata["dropped_modules"]),
-        loss=_loss(summary),
+        loss=_loss(summary, metadata["save"]),
         evaluation=_survival(summary, split),
         usage=USAGE[metadata["save"]] + (_merge_in_lm_eval(metadata, folder) if is_causal else ""),
     )
+
+
+def _options(metadata: Mapping[str, Any]) -> list[str]:
+    """The method's options, its lambda as a policy has it where there is one."""
+    told = _told(metadata["method_params"])
+    policy = metadata["lambda_policy"] or {"type": None}
+    if policy["type"] == "scalar":
+        told.append(f"lambda={policy['value']:g}")
+    if policy["type"] == "per_layer":
+        layers = "".join(f", {value:g} in layer {layer}" for layer, value in policy["overrides"].items())
+        told.append(f"lambda={policy['default']:g}{layers}")
+    return told
+
+
+def _asked(metadata: Mapping[str, Any]) -> str:
+    """How modules were chosen, changed and compressed."""
+    size = [f"{name}={value}" for name, value in metadata["size"].items() if value is not None]
+    changes = " then ".join(" ".join([f"`{each['name']}`", *_told(each["params"])]) for each in metadata["transforms"])
+    return (
+        f"Asked for: merge_mode={metadata['merge_mode']}, {size[0] if size else 'no size'}, "
+        f"{f'transforms {changes}' if changes else 'no transforms'}."
+    )
+
+
+def _told(options: Mapping[str, Any]) -> list[str]:
+    return [f"{name.removesuffix('_')}={value}" for name, value in options.items()]
 
 
 def _merge_in_lm_eval(metadata: Mapping[str, Any], folder: str) -> str:
@@ -99,8 +133,13 @@ def _learning(found: Mapping[str, Any]) -> str:
         f"By `{found['optimizer']}` ({options or 'no options'}), {descent['variant'].replace('_', '-')}, seed "
         f"{descent['seed']}, in {found['seconds']:.1f} s on {descent['split']} examples"
         f"{'' if found['labels_used'] else ' without their labels'}: {rows}. {found['stopped'].capitalize()}.{best} "
+        f"{_clipped(found.get('num_clipped'))}"
         "`learning.json` has every coefficient and the history, `learning.png` the picture.\n\n"
     )
+
+
+def _clipped(num_clipped: int | None) -> str:
+    return f"{num_clipped} of them were below 0 and are 0 here (constraint_nonnegative). " if num_clipped else ""
 
 
 def _dropped(paths: Sequence[str]) -> str:
@@ -110,13 +149,14 @@ def _dropped(paths: Sequence[str]) -> str:
     return f"Not merged, because not every adapter has them: {named}{', …' if len(paths) > 8 else ''}.\n\n"
 
 
-def _loss(summary: Mapping[str, Any]) -> str:
-    text = (
-        f"Relative error of what is saved against what the method made: {summary['total_error']:.4f} in all, "
-        f"{summary['worst_error']:.4f} in the worst module."
-        if summary["total_error"]
-        else "Nothing: what the method made is saved exactly."
-    )
+def _loss(summary: Mapping[str, Any], save: str | None) -> str:
+    text = "Nothing: what the method made is saved exactly." if save else "Nothing was saved."
+    if summary["total_error"]:
+        text = (
+            f"Relative error of what is saved against what the method made: {summary['total_error']:.3g} in all, "
+            f"{summary['worst_error']:.3g} in the worst module."
+        )
+        text += " That is the rounding of base + update to the base's own dtype." if save == "model" else ""
     if summary["distance"] is not None:
         text += f" The method averages factors: it lies up to {summary['distance']:.3f} from the exact merge."
     return text

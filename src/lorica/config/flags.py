@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,15 @@ from typing import Any
 class Flag:
     """What a flag of the older tools sets: a key, and how its words translate; `constant` for a bare switch.
 
-    Where lorica knows but one way, `always` says which: the flag may say so, and sets nothing.
+    Where lorica knows but one way, `always` says which: the flag may say so, and sets nothing. Of a `deprecated` flag a
+    warning says what to write.
     """
 
     key: str
     words: dict[str, Any] | None = None
     constant: Any = None
     always: str | None = None
+    deprecated: bool = False
 
 
 FLAGS: dict[str, Flag] = {
@@ -59,7 +62,12 @@ FLAGS: dict[str, Flag] = {
     "lr_scheduler_type": Flag("schedule"),
     "warmup_ratio": Flag("warmup"),
     "warmup_steps": Flag("warmup"),
-    "lambda": Flag("method_params.lambda"),
+    "lambda": Flag("method_params.lambda", deprecated=True),
     "search_type": Flag("search.type"),
     "grid": Flag("search.grid"),
 }
+
+
+def warn_of_older(old: str, new: str) -> None:
+    """A DeprecationWarning about the user's word, which is printed with no file and line of this program's own."""
+    warnings.warn_explicit(f"{old} is now {new}", DeprecationWarning, "<config>", 1)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from lorica.config.flags import warn_of_older
 from lorica.config.schema import ModelConfig, Section, name_alone
 
 
@@ -19,8 +19,26 @@ def _as_dev(split: Any) -> Any:
     return {"validation": "dev", "val": "dev"}.get(split, split) if isinstance(split, str) else split
 
 
+def _adapter_weights(weights: Any) -> Any:
+    if weights is None:
+        return None
+    values = weights.values() if isinstance(weights, dict) else weights
+    if not isinstance(weights, dict | list) or any(type(each) not in (int, float) for each in values):
+        raise ValueError(
+            f"lambda_policy.weights={weights!r}: give each adapter a number, [0.3, 0.7] in their order or {{a: 0.3}}"
+        )
+    return weights
+
+
 SplitName = Annotated[Literal["train", "dev", "test"], BeforeValidator(_as_dev)]
+OLDER = {
+    "lambda": "method_params.lambda",
+    "params": "method_params",
+    "grid": "search.grid with search.type: grid",
+}  # top-level keys of older configs
+
 PerLayer = Annotated[dict[str, float], BeforeValidator(_layer_words)]
+PerAdapter = Annotated[dict[str, float] | list[float] | None, BeforeValidator(_adapter_weights)]
 
 
 class TransformConfig(Section):
@@ -37,7 +55,15 @@ class LambdaPolicyConfig(Section):
     value: float | None = Field(None, description="of type=scalar")
     default: float | None = Field(None, description="of type=per_layer: for the layers without an override")
     overrides: PerLayer = Field({}, description="of type=per_layer: layer, or tower.layer -> lambda")
-    weights: dict[str, float] | list[float] | None = Field(None, description="of type=per_adapter: adapter -> weight")
+    weights: PerAdapter = Field(None, description="of type=per_adapter: adapter -> weight, or in their order")
+
+    def negative(self) -> str | None:
+        """The first value below zero, as the config names it."""
+        named = self.weights if isinstance(self.weights, dict) else dict(enumerate(self.weights or []))
+        values = {"value": self.value, "default": self.default}
+        values |= {f"overrides.{layer}": value for layer, value in self.overrides.items()}
+        values |= {f"weights.{adapter}": weight for adapter, weight in named.items()}
+        return next((f"lambda_policy.{key}={value:g}" for key, value in values.items() if (value or 0) < 0), None)
 
     @model_validator(mode="after")
     def _just_its_own_keys(self) -> LambdaPolicyConfig:
@@ -87,6 +113,9 @@ class MergeConfig(Section):
     optimizer: Annotated[OptimizerConfig | None, BeforeValidator(name_alone)] = Field(
         None, description="learns the coefficients of weighted_delta_n"
     )
+    constraint_nonnegative: bool = Field(
+        False, description="no coefficient below 0: one of a lambda_policy is refused, a learned one is set to 0"
+    )
     model: Annotated[ModelConfig | None, BeforeValidator(name_alone)] = Field(
         None, description="None: the adapters' own"
     )
@@ -103,7 +132,7 @@ class MergeConfig(Section):
     eval_batch_size: int = Field(64, ge=1)
     runs_dir: str = Field("runs", description="where names of runs and tasks are looked up")
     artifacts_dir: str = Field("artifacts", description="where merges go that are given no output_dir")
-    output_dir: str | None = Field(None, description="None: artifacts/merged/<method>/<tasks>/runs/run_<time>")
+    output_dir: str | None = Field(None, description="None: artifacts/merged/<method>/<tasks>/runs/run-<time>-<random>")
     num_workers: int | None = Field(None, ge=1, description="modules at a time; None: one for each core")
     force: bool = Field(False, description="merge adapters of different base models")
     seed: int = 0
@@ -128,6 +157,31 @@ class MergeConfig(Section):
             raise ValueError(f"{learns}, and method={self.method} has none: drop one of the two")
         if self.method_params:
             raise ValueError(f"{learns}, and method_params would set {next(iter(self.method_params))}: drop it")
+        return self
+
+    @model_validator(mode="after")
+    def _one_lambda(self) -> MergeConfig:
+        policy = self.lambda_policy
+        if policy is not None and policy.type != "per_adapter" and "lambda" in self.method_params:
+            raise ValueError(
+                f"method_params.lambda={self.method_params['lambda']} and lambda_policy both set lambda: drop one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_negative_coefficient(self) -> MergeConfig:
+        if not self.constraint_nonnegative or "search" in type(self).model_fields:  # there it judges a point's scores
+            return self
+        if self.lambda_policy is None and self.optimizer is None:
+            raise ValueError(
+                "constraint_nonnegative=true is about coefficients that an optimizer learns or a lambda_policy gives, "
+                "and this merge has neither: drop it"
+            )
+        negative = self.lambda_policy.negative() if self.lambda_policy else None
+        if negative is not None:
+            raise ValueError(
+                f"{negative} is below 0, and constraint_nonnegative=true forbids that: drop one of the two"
+            )
         return self
 
     @model_validator(mode="after")
@@ -205,19 +259,42 @@ class SweepConfig(MergeConfig):
 
 
 def migrated(tree: dict[str, Any]) -> dict[str, Any]:
-    """A merge's config with the flat keys of older ones moved to where they belong, each with a DeprecationWarning."""
+    """A merge's config with the flat keys of older ones moved to where they belong, each with a DeprecationWarning.
+
+    What stands there already wins, as a word on the command line does. Raises ValueError for older keys that contradict
+    each other, and for a section that is none.
+    """
     tree = dict(tree)
-    if "params" in tree:
-        tree["method_params"] = {**tree.pop("params"), **tree.get("method_params", {})}
-        _warn("params", "method_params")
-    if "lambda" in tree:
-        tree["method_params"] = {"lambda": tree.pop("lambda"), **tree.get("method_params", {})}
-        _warn("lambda", "method_params.lambda")
+    for old, new in OLDER.items():
+        if old in tree:
+            warn_of_older(f"the top-level key {old}", new)
+    if "params" in tree or "lambda" in tree:
+        tree["method_params"] = {**_older_options(tree), **_mapping(tree, "method_params")}
     if "grid" in tree:
-        tree["search"] = {"type": "grid", "grid": tree.pop("grid"), **tree.get("search", {})}
-        _warn("grid", "search.grid with search.type: grid")
+        grid = _mapping(tree, "grid")
+        tree["search"] = {"type": "grid", "grid": grid, **_mapping(tree, "search")}
+        del tree["grid"]
     return tree
 
 
-def _warn(old: str, new: str) -> None:
-    warnings.warn(f"the top-level key {old} is now {new}", DeprecationWarning, stacklevel=2)
+def _older_options(tree: dict[str, Any]) -> dict[str, Any]:
+    """What `params` and `lambda` say of the method, taken out of the tree."""
+    options = _mapping(tree, "params")
+    tree.pop("params", None)
+    if "lambda" not in tree:
+        return options
+    value = tree.pop("lambda")
+    if options.get("lambda", value) != value:
+        raise ValueError(
+            f"lambda={value} and params.lambda={options['lambda']} contradict each other: both set "
+            "method_params.lambda, drop one"
+        )
+    return {**options, "lambda": value}
+
+
+def _mapping(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """A section of keys and values; one that was left empty has none."""
+    section = tree.get(key)
+    if section is not None and not isinstance(section, dict):
+        raise ValueError(f"{key}={section!r}: give keys and values under it")
+    return dict(section or {})

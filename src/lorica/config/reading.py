@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lorica import files, plugins
-from lorica.config.flags import FLAGS, Flag
+from lorica.config.flags import FLAGS, Flag, warn_of_older
 from lorica.config.schema import Section
 from lorica.errors import ConfigError, MissingPathError, UnknownNameError
 
@@ -174,6 +174,8 @@ def _flag(word: str, queue: list[str], known: dict[str, Any], flags: Mapping[str
         if text.lower() != "true":
             raise ConfigError(f"{word} is a switch: it takes no value but true, and was given {text!r}")
         return f"{word}", flag.key, flag.constant
+    if flag.deprecated:
+        warn_of_older(f"the flag --{name}", f"{flag.key}=VALUE")
     return f"{word} {text}", flag.key, (flag.words or {}).get(text, _value(text))
 
 

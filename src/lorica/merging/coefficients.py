@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lorica import plugins
 from lorica.errors import ConfigError, UnknownNameError
 from lorica.merging.layers import layer_of
+from lorica.merging.method import Method
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,16 @@ class LambdaPolicy:
             return self.default
         return self.overrides.get(str(layer), self.overrides.get(str(layer.index), self.default))
 
-    def check(self, paths: Sequence[str]) -> None:
+    def check_values(self, method: Method) -> None:
+        """Raise ConfigError if the method has no lambda, or one of these values is not within its bounds."""
+        if "lambda_" not in method.options:
+            raise ConfigError(f"method {method.name} has no lambda: a lambda_policy does nothing there")
+        owner = f"lambda_policy of method {method.name}"
+        plugins.checked_options(owner, method.merge, {"lambda": self.default})
+        for layer, value in self.overrides.items():
+            plugins.checked_options(f"{owner}, layer {layer}", method.merge, {"lambda": value})
+
+    def check_layers(self, paths: Sequence[str]) -> None:
         """Raise ConfigError if an override names a layer that none of the modules is in."""
         layers = {layer for layer in map(layer_of, paths) if layer is not None}
         known = {str(layer) for layer in layers} | {str(layer.index) for layer in layers}

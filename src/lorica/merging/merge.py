@@ -23,7 +23,7 @@ from lorica.errors import AdapterFormatError, ConfigError
 from lorica.merging import method as methods
 from lorica.merging.coefficients import LambdaPolicy, adapter_weights
 from lorica.merging.linear import combination
-from lorica.merging.method import Method, Module, Site, Update
+from lorica.merging.method import Method, Module, Site, Update, check_equal_ranks
 from lorica.merging.parallel import default_num_workers, ordered_map
 from lorica.merging.transform import Transform
 
@@ -94,7 +94,7 @@ class Merge:
         made = self._made(path)
         rank = self.size.rank
         if self.size == WHOLE and self.as_factors and made.full_rank is None:
-            rank = sum(each.updates[path].rank for each in self.adapters if path in each.updates)
+            rank = sum(self.ranks(path).values())
         if rank is None and self.size.energy is None:
             return made
         return _cut(made, _spectrum(made.update, rank), rank, self.size.energy)
@@ -109,9 +109,22 @@ class Merge:
         """`function` of what the method sees of each module."""
         return list(ordered_map(lambda path: function(self.inputs(path)), self.paths, self.num_workers))
 
+    def surveyed(self) -> Merge:
+        """The same, behind the looks at all modules that its transforms and its method need before the first."""
+        merge = dataclasses.replace(self, transforms=())
+        for transform, _ in self.transforms:
+            behind = (*merge.transforms, (transform, transform.surveyed(merge)))
+            merge = dataclasses.replace(merge, transforms=behind)
+        return dataclasses.replace(merge, found=self.method.surveyed(merge))
+
     def shape(self, path: str) -> tuple[int, int]:
         """(out, in) of a module."""
         return next(each.updates[path].shape for each in self.adapters if path in each.updates)
+
+    def ranks(self, path: str) -> dict[str, int]:
+        """Adapter -> rank of its update of a module; 0 where it has no such module."""
+        pairs = zip(self.names, self.adapters, strict=True)
+        return {name: each.updates[path].rank if path in each.updates else 0 for name, each in pairs}
 
     def inputs(self, path: str) -> Module:
         """What the method sees of a module: every adapter's update there, behind the transforms."""
@@ -173,10 +186,12 @@ def prepare(
     as_factors: bool = False,
     num_workers: int | None = None,
     force: bool = False,
+    survey: bool = True,
 ) -> Merge:
     """Check that the adapters can be merged so, and survey them where a transform or the method needs it.
 
-    Raises ShapeError (modules that do not fit `mode`), ConfigError (weights or a policy that the method has no use for,
+    Without `survey` that is left to `Merge.surveyed`. Raises ShapeError (modules that do not fit `mode`, ranks that do
+    not fit the method), ConfigError (weights or a policy that the method has no use for, a lambda out of its bounds,
     adapters of different bases unless `force`), AdapterFormatError (NaN or infinity).
     """
     _check(adapters, method, weights, policy, force)
@@ -194,13 +209,14 @@ def prepare(
         grams=grams or {},
         as_factors=as_factors,
         num_workers=default_num_workers() if num_workers is None else num_workers,
+        transforms=tuple((each, None) for each in transforms),
     )
     if policy is not None:
-        policy.check(merge.paths)
-    for transform in transforms:
-        surveyed = (*merge.transforms, (transform, transform.surveyed(merge)))
-        merge = dataclasses.replace(merge, transforms=surveyed)
-    return dataclasses.replace(merge, found=method.surveyed(merge))
+        policy.check_layers(merge.paths)
+    if method.equal_ranks:
+        for path in merge.paths:
+            check_equal_ranks(method.name, method.approximates, path, merge.ranks(path))
+    return merge.surveyed() if survey else merge
 
 
 def total_error(modules: Sequence[tuple[float, float]]) -> float:
@@ -228,8 +244,8 @@ def _check(
             raise AdapterFormatError(f"adapter {name} holds NaN or infinity")
     if weights is not None and not method.uses_weights:
         raise ConfigError(f"method {method.name} has no use for weights: drop them, or take weighted_delta_n")
-    if policy is not None and "lambda_" not in method.options:
-        raise ConfigError(f"method {method.name} has no lambda: a lambda_policy does nothing there")
+    if policy is not None:
+        policy.check_values(method)
 
 
 def _norm(update: Update) -> float:

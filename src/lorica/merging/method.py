@@ -9,8 +9,8 @@ A method is one file in `methods/` that holds
 - optionally ``NUM_ADAPTERS``, where only so many can be merged; ``ALIASES``, other names of an option with the
   conversion; ``USES_WEIGHTS = False`` where weights have no meaning; ``NEEDS_GRAMS = True`` where the inputs of each
   module must be known, and ``GRAMS = "merged"`` where they are those behind merged layers; ``APPROXIMATES``, the exact
-  method whose distance is worth telling; ``EXEMPT``, the laws of MATH section 6.4 that it cannot hold, each with the
-  reason.
+  method whose distance is worth telling; ``EQUAL_RANKS = True`` where the updates of a module must be of one rank;
+  ``EXEMPT``, the laws of MATH section 6.4 that it cannot hold, each with the reason.
 
 An option's type and bounds stand in the signature (``Annotated[float, Ge(0)]``); a trailing underscore is not part of
 its name (``lambda_`` is set by ``lambda``).
@@ -26,7 +26,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from torch import Tensor
 
 from lorica.adapters.delta import LowRank
-from lorica.errors import ConfigError
+from lorica.errors import ConfigError, ShapeError
 from lorica.plugins import Catalogue, Conversions, checked_options
 
 Update = LowRank | Tensor  # a Tensor is the update itself, (out, in)
@@ -82,6 +82,7 @@ class Method:
     needs_grams: bool = False
     grams: Literal["own", "merged"] = "own"
     approximates: str | None = None
+    equal_ranks: bool = False
     exempt: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, module: Module, **overrides: Any) -> Update:
@@ -117,8 +118,16 @@ def load(name: str, params: Mapping[str, Any], num_adapters: int) -> Method:
         needs_grams=get("NEEDS_GRAMS", default=False),
         grams=get("GRAMS", default="own"),
         approximates=get("APPROXIMATES", default=None),
+        equal_ranks=get("EQUAL_RANKS", default=False),
         exempt=get("EXEMPT", default={}),
     )
+
+
+def check_equal_ranks(method: str, exact: str | None, path: str, ranks: Mapping[str, int]) -> None:
+    """Raise ShapeError, pointing to the method `exact`, unless the updates at `path` have one rank (by adapter)."""
+    if len(set(ranks.values())) > 1:
+        said = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
+        raise ShapeError(f"method {method} needs equal ranks, and those at {path} are {said}: use method={exact}")
 
 
 def _no_check(num_adapters: int, **options: Any) -> None:

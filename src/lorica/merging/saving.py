@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,8 +21,9 @@ from lorica.adapters.delta import LowRank
 from lorica.adapters.injection import Placement
 from lorica.adapters.safetensors_header import read_header
 from lorica.errors import AdapterFormatError, ConfigError, ModelError, ShapeError
-from lorica.merging.checkpoint import LIMIT_BYTES, Stored, open_checkpoint
+from lorica.merging.checkpoint import LIMIT_BYTES, Checkpoint, Stored, open_checkpoint
 from lorica.merging.merge import Merge, Merged
+from lorica.merging.method import Update
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHUNK_BYTES = 16 << 20
@@ -77,31 +81,68 @@ def read_dense_patch(path: Path) -> dict[str, Tensor]:
         raise AdapterFormatError(f"{path} is corrupt: {error}") from None
 
 
-def fused_model(merge: Merge, base_folder: Path, target: Path, layout: Mapping[str, Placement]) -> None:
+@dataclass(frozen=True)
+class Fused:
+    """One module of a merge as it stands in a whole model: what the base's dtype has kept of its update."""
+
+    full_rank: int | None  # of what the method made; None where that is dense
+    error: float  # ‖kept - made‖ / ‖made‖, where kept is cast(W0 + ΔW) - W0
+    norm: float  # ‖made‖
+    distance: float | None  # from the method that this one approximates, relative to that one's norm
+
+    def as_record(self) -> dict[str, Any]:
+        """As `Merged` has it, of no rank."""
+        return {"rank": None, **asdict(self)}
+
+
+def fused_model(merge: Merge, base_folder: Path, target: Path, layout: Mapping[str, Placement]) -> dict[str, Fused]:
     """Write base + merge as a checkpoint like the base's: the same shards, headers and dtypes, `target` replaced whole.
 
     A merged tensor is cast(W0 + ΔW), summed in fp32; all other bytes are the base's. One tensor and its update are in
-    memory at a time. Whatever can be refused by the headers is refused before anything is written: see
-    `open_checkpoint` and `Checkpoint.homes`. Raises ModelError for NaN or an overflow, with nothing left behind.
+    memory at a time. Returns what each module came to, by its path. Whatever can be refused by the headers is refused
+    before anything is written: see `homes`. Raises ModelError for NaN or an overflow, with nothing left behind.
     """
-    if merge.size.rank_budget is not None:
-        raise ConfigError(f"rank_budget={merge.size.rank_budget} compresses an adapter, and save=model writes none")
     if base_folder.resolve().is_relative_to(target.resolve()):
         raise ConfigError(f"{str(target)!r} holds the base model: name another folder for the merged one")
-    checkpoint = open_checkpoint(base_folder)
-    homes = checkpoint.homes({path: merge.shape(path) for path in merge.paths}, layout)
+    checkpoint, path_of = homes(merge, base_folder, layout)
+    found: dict[str, Fused] = {}
 
     def fused(key: str, weight: Tensor) -> Tensor:
-        path = homes[key]
-        return injection.summed(weight, merge.module(path).update, path, transposed=layout[path].transposed)
+        path = path_of[key]
+        each, transposed = merge.module(path), layout[path].transposed
+        total = injection.summed(weight, each.update, path, transposed=transposed)
+        found[path] = _fused(each, weight, total, transposed)
+        return total
 
     with files.staged_folder(target) as staging:
         for shard in checkpoint.shards:
-            changed = [tensor for tensor in shard.tensors if tensor.key in homes]
+            changed = [tensor for tensor in shard.tensors if tensor.key in path_of]
             _rewrite(shard.path, staging / shard.name, changed, fused)
         for name, path in checkpoint.beside.items():
             with files.open_regular(path, LIMIT_BYTES) as source:
                 (staging / name).write_bytes(source.read())
+    return found
+
+
+def homes(merge: Merge, base_folder: Path, layout: Mapping[str, Placement]) -> tuple[Checkpoint, dict[str, str]]:
+    """The base's checkpoint, and key of a tensor -> the module of the merge whose weight it is; headers alone are read.
+
+    Raises ConfigError for a rank budget, and what `open_checkpoint` and `Checkpoint.homes` raise.
+    """
+    if merge.size.rank_budget is not None:
+        raise ConfigError(f"rank_budget={merge.size.rank_budget} compresses an adapter, and save=model writes none")
+    checkpoint = open_checkpoint(base_folder)
+    return checkpoint, checkpoint.homes({path: merge.shape(path) for path in merge.paths}, layout)
+
+
+def _fused(merged: Merged, weight: Tensor, total: Tensor, transposed: bool) -> Fused:
+    """Compared in fp32 at least. What was cut from an update is orthogonal to what stays: the squares of both add."""
+    update = _in_float32(merged.update)
+    kept = total.to(torch.promote_types(weight.dtype, torch.float32)) - weight
+    lost = float(torch.linalg.vector_norm(kept.sub_(update.T if transposed else update)))
+    norm = float(torch.linalg.vector_norm(update)) if merged.norm is None else merged.norm
+    error = math.hypot(merged.error, lost / norm) if norm > 0 else 0.0
+    return Fused(merged.full_rank, error, norm, merged.distance)
 
 
 def _rewrite(base: Path, target: Path, changed: Sequence[Stored], change: Callable[[str, Tensor], Tensor]) -> None:
@@ -144,11 +185,15 @@ def _patch_header(shapes: Shapes, dtype: torch.dtype) -> tuple[bytes, dict[str, 
 
 
 def _dense(each: Merged, dtype: torch.dtype) -> Tensor:
-    update = each.update.to(torch.float32).dense() if isinstance(each.update, LowRank) else each.update
-    cast = update.to(dtype)  # (out, in)
+    cast = _in_float32(each.update).to(dtype)  # (out, in)
     if not torch.isfinite(cast).all():
         raise ModelError(f"the update of {each.path} holds NaN or infinity, or overflows {dtype}: nothing was written")
     return cast
+
+
+def _in_float32(update: Update) -> Tensor:
+    """(out, in)"""
+    return update.to(torch.float32).dense() if isinstance(update, LowRank) else update
 
 
 def _bytes(matrix: Tensor) -> memoryview:

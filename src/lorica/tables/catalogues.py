@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 
 from pydantic import BaseModel
@@ -79,8 +80,34 @@ def _plugins(catalogue: Catalogue, function: str) -> Table:
     for name in catalogue.names():
         pairs = catalogue.options(name, function)
         options = ", ".join(f"{option}={default}" if default else option for option, default in pairs)
-        rows.append((name, catalogue.summary(name), options, catalogue.source(name)))
+        constants = catalogue.constants(name)
+        others = ", ".join(f"{alias} for {option}" for alias, option in _aliases(constants))
+        told = [catalogue.summary(name), *_needs(constants)]
+        rows.append((name, " ".join(told), f"{options} (or {others})" if others else options, catalogue.source(name)))
     return columns((catalogue.kind, "what it does", "options", "source"), rows)
+
+
+def _aliases(constants: Mapping[str, ast.expr]) -> list[tuple[str, str]]:
+    """(other word, option that it stands for) as ALIASES has them."""
+    table = constants.get("ALIASES")
+    pairs = zip(table.keys, table.values, strict=True) if isinstance(table, ast.Dict) else ()
+    return [
+        (ast.literal_eval(word), ast.literal_eval(meant.elts[0]))
+        for word, meant in pairs
+        if word is not None and isinstance(meant, ast.Tuple)
+    ]
+
+
+def _needs(constants: Mapping[str, ast.expr]) -> list[str]:
+    """What a merge method asks of its adapters, in words."""
+    said = []
+    if "NUM_ADAPTERS" in constants:
+        said.append(f"For {ast.unparse(constants['NUM_ADAPTERS'])} adapters alone.")
+    if "EQUAL_RANKS" in constants:
+        said.append("Of equal ranks.")
+    if "NEEDS_GRAMS" in constants:
+        said.append("Needs the inputs of the adapters' tasks.")
+    return said
 
 
 def _meaning(flag: config.Flag) -> str:

@@ -51,7 +51,7 @@ def merged(done: MergedRun) -> list[Table | str]:
 def _lost(record: Mapping[str, Any]) -> str:
     if not record["total_error"]:
         return "exact"
-    return f"relative error {record['total_error']:.4f} in all, {record['worst_error']:.4f} in the worst module"
+    return f"relative error {record['total_error']:.3g} in all, {record['worst_error']:.3g} in the worst module"
 
 
 def merge_plan(found: MergePlan) -> Group:

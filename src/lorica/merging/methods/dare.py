@@ -14,12 +14,13 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 
 from lorica.merging.coordinates import Space, mapped
+from lorica.merging.density import complement
 from lorica.merging.dropping import drop_
 from lorica.merging.election import elected_mean
 from lorica.merging.linear import combination
 from lorica.merging.method import Site, Update
 
-ALIASES = {"density": ("drop_rate", lambda density: 1 - density)}
+ALIASES = {"density": ("drop_rate", complement)}
 EXEMPT = {
     "single": "the dropped entries do not come back",
     "duplicate": "a copy under another name has a mask of its own",

@@ -11,10 +11,11 @@ from typing import Annotated
 from annotated_types import Ge, Lt
 
 from lorica.merging.coordinates import Space
+from lorica.merging.density import complement
 from lorica.merging.method import Site, Update
 from lorica.merging.methods import dare
 
-ALIASES = dare.ALIASES
+ALIASES = {"density": ("drop_rate", complement)}
 EXEMPT = dare.EXEMPT
 
 

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from lorica.errors import ConfigError
 from lorica.merging.coordinates import Space, mapped
+from lorica.merging.density import complement
 from lorica.merging.election import elected_mean
 from lorica.merging.method import Site, Update
 from lorica.randomness import uniforms
 
-ALIASES = {"density": ("drop_rate", lambda density: 1 - density)}
+ALIASES = {"density": ("drop_rate", complement)}
 EXEMPT = {
     "single": "the dropped entries do not come back",
     "duplicate": "a copy under another name has a mask of its own",

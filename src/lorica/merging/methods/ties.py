@@ -15,11 +15,12 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from lorica.merging.coordinates import Space, mapped
+from lorica.merging.density import percent
 from lorica.merging.election import Divisor, Tie, Trim, Vote, elected_mean
 from lorica.merging.method import Module, Modules, OneModule, Site, Update
 from lorica.merging.thresholds import Threshold, kth_largest
 
-ALIASES = {"density": ("k", lambda density: 100 * density)}
+ALIASES = {"density": ("k", percent)}
 EXEMPT = {"single": "the trimmed entries do not come back"}
 
 Scope = Literal["adapter", "module"]

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 
 from lorica.adapters.delta import LowRank
-from lorica.errors import ShapeError
 from lorica.merging.coordinates import factors
-from lorica.merging.method import Site, Update
+from lorica.merging.method import Site, Update, check_equal_ranks
 
 APPROXIMATES = "uniform_delta"
+EQUAL_RANKS = True
 USES_WEIGHTS = False
 EXEMPT = {
     "refactoring": "a mean of factors depends on the bases that they are written in",
@@ -34,9 +34,8 @@ def combined_factors(
     """A = Σ c_i·A_i and B = Σ c_i·s_i·B_i, float32. Raises ShapeError, pointing to `exact`, if the ranks differ."""
     low_rank = factors(updates, f"method {method}")
     first = low_rank[0]
-    if any(each.rank != first.rank for each in low_rank):
-        ranks = ", ".join(f"{name} {each.rank}" for name, each in zip(site.names, low_rank, strict=True))
-        raise ShapeError(f"method {method} needs equal ranks, and those at {site.path} are {ranks}: use method={exact}")
+    ranks = {name: each.rank for name, each in zip(site.names, low_rank, strict=True)}
+    check_equal_ranks(method, exact, site.path, ranks)
     A, B = (torch.zeros_like(factor, dtype=torch.float32) for factor in (first.A, first.B))
     for each, coefficient in zip(low_rank, coefficients, strict=True):
         A.add_(each.A, alpha=coefficient)

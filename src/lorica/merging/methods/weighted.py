@@ -17,6 +17,7 @@ from lorica.merging.methods.uniform import combined_factors
 
 NUM_ADAPTERS = 2
 APPROXIMATES = "weighted_delta"
+EQUAL_RANKS = True
 USES_WEIGHTS = False
 EXEMPT = {
     "refactoring": "a mean of factors depends on the bases that they are written in",

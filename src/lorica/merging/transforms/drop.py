@@ -12,10 +12,11 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 
 from lorica.merging.coordinates import mapped_each
+from lorica.merging.density import complement
 from lorica.merging.dropping import drop_
 from lorica.merging.method import Site, Update
 
-ALIASES = {"density": ("drop_rate", lambda density: 1 - density)}
+ALIASES = {"density": ("drop_rate", complement)}
 
 
 def transform(

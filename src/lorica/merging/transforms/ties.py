@@ -12,13 +12,14 @@ from annotated_types import Gt, Le
 from torch import Tensor
 
 from lorica.merging.coordinates import mapped_each
+from lorica.merging.density import percent
 from lorica.merging.election import agreeing
 from lorica.merging.method import Modules, Site, Update
 from lorica.merging.thresholds import Threshold
 from lorica.merging.transforms import trim
 from lorica.merging.transforms.trim import Scope
 
-ALIASES = trim.ALIASES
+ALIASES = {"density": ("k", percent)}
 
 
 def transform(

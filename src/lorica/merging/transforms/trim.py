@@ -12,11 +12,12 @@ from annotated_types import Gt, Le
 from torch import Tensor
 
 from lorica.merging.coordinates import mapped_each
+from lorica.merging.density import percent
 from lorica.merging.election import Trim
 from lorica.merging.method import Module, Modules, OneModule, Site, Update
 from lorica.merging.thresholds import Threshold, kth_largest
 
-ALIASES = {"density": ("k", lambda density: 100 * density)}
+ALIASES = {"density": ("k", percent)}
 
 Scope = Literal["adapter", "module"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,6 +79,9 @@ def learn(
             keep(folder / "learned.json", key, record)
     else:
         tell(f"{learner.name} has learned these coefficients before, in {folder}: not fitted again")
+    if cfg.constraint_nonnegative:
+        record = _nonnegative(record)
+        tell(f"{record['num_clipped']} of {len(record['coefficients'])} coefficients were below 0, and are set to 0")
     method = methods.load(CARRIER, record["method_params"], len(sources))
     return dataclasses.replace(merge, method=method, found=method.surveyed(merge)), record
 
@@ -199,7 +202,7 @@ def _record(learner: Learner, learned: Learned, lessons: Sequence[Lesson]) -> Re
         "stopped": learned.stopped,
         "best_step": learned.best_step,
         "seconds": learned.seconds,
-        "mean_coefficients": _means(learned.layout.keys, values),
+        "mean_coefficients": _means((adapter for _, adapter in learned.layout.keys), values),
         "coefficients": [
             {"group": group, "adapter": adapter, "value": value}
             for (group, adapter), value in zip(learned.layout.keys, values, strict=True)
@@ -209,9 +212,30 @@ def _record(learner: Learner, learned: Learned, lessons: Sequence[Lesson]) -> Re
     }
 
 
-def _means(keys: Sequence[tuple[str, str]], values: Sequence[float]) -> dict[str, float]:
+def _nonnegative(record: Record) -> Record:
+    """The same with 0 for what is below it, and how many these are."""
+    values = [max(0.0, each["value"]) for each in record["coefficients"]]
+    return {
+        **record,
+        "mean_coefficients": _means((each["adapter"] for each in record["coefficients"]), values),
+        "coefficients": [{**each, "value": value} for each, value in zip(record["coefficients"], values, strict=True)],
+        "method_params": _clipped(record["method_params"]),
+        "num_clipped": sum(each["value"] < 0 for each in record["coefficients"]),
+    }
+
+
+def _clipped(value: Any) -> Any:
+    """Nested tables of coefficients, and switches between them, with 0 for numbers below it."""
+    if isinstance(value, dict):
+        return {key: _clipped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_clipped(inner) for inner in value]
+    return max(0.0, value) if isinstance(value, float) else value
+
+
+def _means(adapters: Iterable[str], values: Sequence[float]) -> dict[str, float]:
     """Of each adapter the mean over its groups."""
     found: dict[str, list[float]] = {}
-    for (_, adapter), value in zip(keys, values, strict=True):
+    for adapter, value in zip(adapters, values, strict=True):
         found.setdefault(adapter, []).append(value)
     return {adapter: math.fsum(own) / len(own) for adapter, own in found.items()}

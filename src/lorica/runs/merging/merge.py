@@ -10,26 +10,23 @@ from typing import Any
 
 from rich.console import Console
 
-from lorica import card, config, files, models, results
+from lorica import card, config, files, results
 from lorica.adapters import peft_format
 from lorica.adapters.adapter import Adapter
-from lorica.adapters.injection import Placement
-from lorica.config import MergeConfig, ModelConfig
+from lorica.config import MergeConfig
 from lorica.evaluation.evaluate import Evaluation
 from lorica.evaluation.recovery import Recovery, summarise
 from lorica.merging import saving
 from lorica.merging.merge import Merge, Merged, total_error
 from lorica.progress import tracked
-from lorica.runs.bodies import Bodies
 from lorica.runs.heads import HEADS, write_heads
-from lorica.runs.merging.evaluation import Arena, evaluation_name, judged_sources, model_of, open_arenas
+from lorica.runs.merging.evaluation import Arena, evaluation_name, model_of
 from lorica.runs.merging.learned import learn
 from lorica.runs.merging.learning_figure import draw_learning
-from lorica.runs.merging.settling import settle
-from lorica.runs.sources import Source, resolve
+from lorica.runs.merging.opening import fusion, opened, placements
+from lorica.runs.merging.settling import surveyed
+from lorica.runs.sources import Source
 
-# What a module that was fused whole has lost.
-EXACT = {"rank": None, "full_rank": None, "error": 0.0, "norm": None, "distance": None}
 LONG = ("history", "coefficients", "method_params")  # what learning.json alone says of the learning
 
 
@@ -66,26 +63,22 @@ class MergedRun:
 def merge(cfg: MergeConfig, say: Console) -> MergedRun:
     """Merge, evaluate on the tasks asked for, and write the folder; whatever can be refused is refused before any work.
 
-    Raises the errors of `resolve`, `prepare` and of the method's options, each in one line, with nothing written.
+    Raises the errors of `opened`, each in one line, with nothing written.
     """
+    asked = opened(cfg, say)
     begin = time.monotonic()
-    if cfg.output_dir is not None:
-        results.check_free(cfg.output_dir)
-    sources = resolve(cfg.adapters, Path(cfg.runs_dir))
-    judged_on = judged_sources(cfg, sources)
-    bodies = Bodies(cfg.device, cfg.seed)
-    settled, learning = settle(cfg, sources, bodies=bodies), None
+    sources, folder = asked.sources, asked.folder
+    settled, learning = surveyed(asked.merge, cfg, sources, bodies=asked.bodies), None
     if cfg.optimizer is not None:
-        settled, learning = learn(settled, cfg, sources, bodies, say)
+        settled, learning = learn(settled, cfg, sources, asked.bodies, say)
         _warn_of_leak(learning, cfg, say)
     making = Making(settled, keeps=cfg.save == "adapter" or not cfg.save_merged)
     say.print(f"{' + '.join(settled.names)} by {settled.method.name}, {len(settled.paths)} modules", highlight=False)
-    folder = _folder(cfg, learning["optimizer"] if learning else settled.method.name, sources)
     with files.staged_folder(folder) as staging:
         if cfg.save_merged:
             _write_weights(cfg, making, sources, staging)
         seconds = time.monotonic() - begin
-        evaluations, recoveries = _evaluated(open_arenas(judged_on, cfg, cfg.split, bodies), making, say)
+        evaluations, recoveries = _evaluated(asked.arenas, making, say)
         run = MergedRun(
             folder, settled.method.name, making.records, settled.dropped, seconds, evaluations, recoveries, learning
         )
@@ -110,7 +103,7 @@ class Making:
             return
         made = []
         for each in tracked(self.merge.modules(), len(self.merge.paths), f"merging by {self.merge.method.name}"):
-            self.records[each.path] = each.as_record()
+            self.records.setdefault(each.path, each.as_record())  # a module may be made again for each task
             if self._keeps:
                 made.append(each)
             yield each
@@ -135,23 +128,15 @@ def _evaluated(arenas: Sequence[Arena], making: Making, say: Console) -> tuple[d
     return evaluations, recoveries
 
 
-def _folder(cfg: MergeConfig, method: str, sources: Sequence[Source]) -> Path:
-    if cfg.output_dir is not None:
-        return Path(cfg.output_dir)
-    combo = files.slug("_".join(source.name for source in sources))
-    return files.dated(Path(cfg.artifacts_dir) / "merged" / method / combo / "runs", "run")
-
-
 def _write_weights(cfg: MergeConfig, making: Making, sources: Sequence[Source], folder: Path) -> None:
     """The merged weights in the form asked for, and every task's head beside them."""
     if cfg.save == "dense":
         shapes = {path: making.merge.shape(path) for path in making.merge.paths}
         saving.dense_patch(making.modules(), shapes, folder / saving.DENSE_PATCH)
     elif cfg.save == "model":
-        model = model_of(sources[0], cfg)
-        base = models.checkpoint_folder(model.name, model.revision)
-        saving.fused_model(making.merge, base, folder / "model", _placements(model))
-        making.records |= dict.fromkeys(making.merge.paths, EXACT)
+        base, layout = fusion(cfg, sources)
+        fused = saving.fused_model(making.merge, base, folder / "model", layout)
+        making.records |= {path: fused[path].as_record() for path in making.merge.paths}
     else:
         _write_adapter(cfg, sources, list(making.modules()), folder)
     for source in sources:
@@ -167,7 +152,7 @@ def _write_adapter(cfg: MergeConfig, sources: Sequence[Source], modules: Sequenc
     own = peft_format.settings(first.folder)
     layout = None
     if cfg.profile == "portable":
-        layout = {path: each.shape for path, each in _placements(model_of(first, cfg)).items()}
+        layout = {path: each.shape for path, each in placements(model_of(first, cfg)).items()}
     peft_format.write_into(
         Adapter(merged.updates, heads, first.adapter.base_model),
         folder,
@@ -178,20 +163,11 @@ def _write_adapter(cfg: MergeConfig, sources: Sequence[Source], modules: Sequenc
     )
 
 
-def _placements(model: ModelConfig) -> dict[str, Placement]:
-    return models.placements(
-        model.name,
-        kind=None if model.kind == "auto" else model.kind,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-    )
-
-
 def _write_records(cfg: MergeConfig, prepared: Merge, sources: Sequence[Source], run: MergedRun, folder: Path) -> None:
     files.write_atomic(folder / "config.yaml", config.dump(cfg))
     metadata = {
         "method": run.method,
-        "method_params": dict(prepared.method.options),
+        "method_params": _options(prepared),
         "merge_mode": cfg.merge_mode,
         "transforms": [{"name": each.name, "params": dict(each.options)} for each, _ in prepared.transforms],
         "lambda_policy": cfg.lambda_policy.model_dump(mode="json") if cfg.lambda_policy else None,
@@ -219,6 +195,11 @@ def _write_records(cfg: MergeConfig, prepared: Merge, sources: Sequence[Source],
     files.write_atomic(folder / "README.md", text)
 
 
+def _options(merge: Merge) -> dict[str, Any]:
+    """The method's options that it was run with: under a policy its own `lambda` is at no module."""
+    return {name: value for name, value in merge.method.options.items() if name != "lambda_" or merge.policy is None}
+
+
 def _evaluation_record(run: MergedRun) -> dict[str, Any]:
     by_task = {each.task: each.as_record() for each in run.recoveries}
     return {name: {**found.as_record(), "recovery": by_task[name]} for name, found in run.evaluations.items()}
@@ -226,15 +207,22 @@ def _evaluation_record(run: MergedRun) -> dict[str, Any]:
 
 def _index_evaluations(cfg: MergeConfig, run: MergedRun, folder: Path) -> None:
     """One line in the index of all evaluations, and each task's metrics beside those of every other merge."""
-    if not run.evaluations or cfg.output_dir is not None:
+    if not run.evaluations:
         return
-    unified = Path(cfg.artifacts_dir) / "evaluations"
+    unified = Path(cfg.artifacts_dir).resolve() / "evaluations"  # a relative link counts from where it really lies
     name = evaluation_name(cfg.split, cfg.eval_subset)
-    results_file = folder / f"eval_results_{name}.json"
+    results_file = folder.resolve() / f"eval_results_{name}.json"
     for task in run.evaluations:
-        place = unified / name / files.slug(task)
-        place.mkdir(parents=True, exist_ok=True)
-        link = "-".join([*folder.parts[-4:-2], folder.name])  # method or optimizer, tasks, run
-        files.link_or_copy(results_file, place / f"{link}.json")
+        link = unified / name / files.slug(task) / f"{_link_name(cfg, folder)}.json"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)  # of an earlier merge in the same output_dir
+        files.link_or_copy(results_file, link)
     line = {"folder": str(folder), "split": name, "finished": time.time(), **run.as_record()}
     files.append_record(unified / "index.jsonl", line)
+
+
+def _link_name(cfg: MergeConfig, folder: Path) -> str:
+    """A merge's own name among all others'; an output_dir's has a hash of where it lies."""
+    if cfg.output_dir is None:
+        return "-".join([*folder.parts[-4:-2], folder.name])  # method or optimizer, tasks, run
+    return f"{files.slug(folder.name)}-{files.content_hash(str(folder.resolve()))}"

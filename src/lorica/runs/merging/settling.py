@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from lorica.config import LambdaPolicyConfig, MergeConfig, OptimizerConfig
@@ -28,18 +28,37 @@ def settle(
 
     `grams` are those of an earlier merge of the same sources, for the methods whose Grams no option changes.
     """
-    bodies = bodies or Bodies(cfg.device, cfg.seed)
+    return surveyed(lay_out(cfg, sources), cfg, sources, grams, bodies)
+
+
+def lay_out(cfg: MergeConfig, sources: Sequence[Source]) -> Merge:
+    """The merge that a config asks for, checked against the adapters; no look at their modules is taken yet."""
     chosen = settings(cfg, len(sources))
     method: Method = chosen.pop("method")
     adapters = {source.name: source.adapter for source in sources}
-    with_grams = partial(prepare, adapters, method, as_factors=cfg.save == "adapter", **chosen)
-    without = with_grams(grams=None)
+    return prepare(adapters, method, as_factors=cfg.save == "adapter", survey=False, **chosen)
+
+
+def surveyed(
+    laid_out: Merge,
+    cfg: MergeConfig,
+    sources: Sequence[Source],
+    grams: Grams | None = None,
+    bodies: Bodies | None = None,
+) -> Merge:
+    """The same, with what its transforms and its method must know of all modules, inputs included."""
+    method = laid_out.method
     if not method.needs_grams:
-        return without
+        return laid_out.surveyed()
+
+    def with_grams(grams: Grams) -> Merge:
+        return dataclasses.replace(laid_out, grams=grams).surveyed()
+
     if grams and method.grams == "own":
-        return with_grams(grams=grams)
-    one_after_the_other = (lambda grams: with_grams(grams=grams)) if method.grams == "merged" else None
-    return with_grams(grams=grams_for(cfg, sources, without.paths, one_after_the_other, bodies))
+        return with_grams(grams)
+    bodies = bodies or Bodies(cfg.device, cfg.seed)
+    one_after_the_other = with_grams if method.grams == "merged" else None
+    return with_grams(grams_for(cfg, sources, laid_out.paths, one_after_the_other, bodies))
 
 
 def settings(cfg: MergeConfig, num_adapters: int) -> dict[str, Any]:
@@ -56,6 +75,8 @@ def settings(cfg: MergeConfig, num_adapters: int) -> dict[str, Any]:
         method = methods.load(CARRIER, {}, num_adapters)
         filters = learner_of(cfg.optimizer, cfg.seed).filters
         changes += [transforms.load(filters, {})] if filters else []
+    if policy is not None:
+        policy.check_values(method)
     return {
         "method": method,
         "mode": cfg.merge_mode,

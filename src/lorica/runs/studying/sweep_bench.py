@@ -150,7 +150,8 @@ def merge_at(cfg: SweepConfig, point: Point) -> MergeConfig:
 
     A parameter is an option of the method, `weights.ADAPTER`, `lambda_policy.KEY`, or `optimizer.KEY`.
     """
-    tree = {key: value for key, value in cfg.model_dump(mode="json").items() if key in MergeConfig.model_fields}
+    own = MergeConfig.model_fields.keys() - {"constraint_nonnegative"}  # in a sweep it judges a point's scores
+    tree = {key: value for key, value in cfg.model_dump(mode="json").items() if key in own}
     for name, value in point.items():
         first, *rest = name.split(".")
         if first == "weights" and rest:
