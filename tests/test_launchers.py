@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from lorica import files
+from lorica import config, files, runs
+from lorica.config import CompareConfig
 from lorica.demo import language
 from lorica.errors import MissingExtraError, UnknownNameError
 from lorica.results import RunFolder
@@ -62,9 +64,12 @@ def runs_of(data: Path, folder: Path, seeds: tuple[int, ...], num_steps: int = 3
     ]
 
 
-def record(job: Job) -> dict[str, Any]:
+def folder_of(job: Job) -> RunFolder:
+    return RunFolder(Path(job.words[-1].removeprefix("output_dir=")))
+
+
+def record(run: RunFolder) -> dict[str, Any]:
     """What a run found, without its clock and its place."""
-    run = RunFolder(Path(job.words[-1].removeprefix("output_dir=")))
     told = files.read_json(run.record)
     lines = [*files.read_records(run.training_loss), *files.read_records(run.eval_loss)]
     return {
@@ -87,16 +92,25 @@ def test_a_run_is_the_same_in_this_process_and_in_one_of_its_own(data: Path, tmp
     for name, job in boosted.items():
         assert [(each.exit_code, each.error) for each in launched(name, [job])] == [(0, None)]
         assert "step 3/3" in job.log.read_text()
-    assert record(boosted["inline"]) == record(boosted["here"])
+    assert record(folder_of(boosted["inline"])) == record(folder_of(boosted["here"]))
     assert sys.argv is words
 
 
 @needs_ray
 def test_the_same_study_through_ray_leaves_the_same_records(data: Path, tmp_path: Path) -> None:
-    here, ray = (runs_of(data, tmp_path / name, (0, 1)) for name in ("here", "ray"))
-    for name, jobs in (("here", here), ("ray", ray)):
-        assert [(each.exit_code, each.error) for each in launched(name, jobs, 2)] == [(0, None)] * 4
-    assert [record(job) for job in here] == [record(job) for job in ray]
+    words = [*RUN, "seeds=[0, 1]", "max_steps=3", "learning_rate=1e-2", "boosting.steps_per_iteration=2"]
+    found, records = {}, {}
+    for name in ("here", "ray"):
+        places = [f"task.path={data}", f"launcher={name}", "num_workers=2", f"output_dir={tmp_path / name}"]
+        done = runs.study(config.read(CompareConfig, [*words, *places]), Console(quiet=True))
+        found[name] = done.outcome
+        records[name] = [
+            record(RunFolder(done.folder / each["folder"])) for each in done.outcome["runs"] if each["error"] is None
+        ]
+        for cell in done.outcome["cells"]:
+            del cell["seconds"], cell["peak_bytes"]
+    assert len(records["ray"]) == 4 and records["ray"] == records["here"]
+    assert found["ray"] == found["here"]
 
 
 @needs_ray
