@@ -105,7 +105,7 @@ def new_run(output_dir: str | None, name: str) -> RunFolder:
 def check_free(output_dir: str) -> None:
     """Ask before any work is done: raise OutputExistsError or ConfigError if a run could not take `output_dir`."""
     path = Path(output_dir)
-    if not path.exists():
+    if not os.path.lexists(path):  # Path.exists raises where a name is too long
         files.check_makeable(path)
     elif not path.is_dir() or any(path.iterdir()):
         files.claim_folder(path)
