@@ -148,7 +148,7 @@ def test_each_arm_is_told_with_its_own_grid(tmp_path: Path) -> None:
     rates = tables.study(record)[1]
     assert isinstance(rates, Table)
     shown = [next(iter(column.cells)) for column in rates.columns]
-    assert shown == ["mood", "lora", "", "", "", "[bold]1.0000[/]", "2.0000", "2.4771"]
+    assert shown == ["mood", "lora", "0.001: [bold]1.0000[/]", "0.01: 2.0000", "0.03: 2.4771"]
 
 
 def test_the_interval_of_a_share_ends_where_shares_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

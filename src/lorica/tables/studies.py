@@ -48,13 +48,15 @@ def _rates(found: Mapping[str, Any]) -> list[Table | str]:
     """The dev loss of each rate that an arm was tried at, the chosen one in bold; a dash where a run of it failed."""
     if found["tuning"] is None:
         return []
-    rates = found["tuning"]["learning_rates"]
-    head = ("task", "arm", *(f"{rate:g}" for rate in rates))
-    table = Table(*head, title=f"{found['tuning']['by']} by learning rate", **LOOK)
-    for line in found["tuning"]["found"]:
-        losses = {each["learning_rate"]: each["dev_loss"] for each in line["tried"]}
-        cells = [_loss(losses[rate], rate == line["chosen"]) if rate in losses else "" for rate in rates]
-        table.add_row(escape(line["task"]), escape(line["arm"]), *cells)
+    lines = found["tuning"]["found"]
+    grids = [[f"{each['learning_rate']:g}" for each in line["tried"]] for line in lines]
+    is_shared = all(grid == grids[0] for grid in grids)
+    head = grids[0] if is_shared else [""] * max(map(len, grids))
+    table = Table("task", "arm", *head, title=f"{found['tuning']['by']} by learning rate", **LOOK)
+    for line, grid in zip(lines, grids, strict=True):
+        losses = [_loss(each["dev_loss"], each["learning_rate"] == line["chosen"]) for each in line["tried"]]
+        told = losses if is_shared else [f"{rate}: {loss}" for rate, loss in zip(grid, losses, strict=True)]
+        table.add_row(escape(line["task"]), escape(line["arm"]), *told)
     return [table]
 
 
