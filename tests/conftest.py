@@ -11,13 +11,13 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
-import tiny
-from lorica import models
-from lorica.models import Base
+if TYPE_CHECKING:  # imported where it is used: the process that hands the tests out would pay seconds for it
+    from lorica.models import Base
 
 # The same examples on every machine and in every run, and no clock: a shared machine is slow at times.
 settings.register_profile("lorica", derandomize=True, deadline=None, database=None, max_examples=50)
@@ -35,6 +35,8 @@ def sealed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """(family, kind) -> the folder of a tiny checkpoint; the kind is the family's own where none is given."""
+    import tiny
+
     made: dict[tuple[str, str], Path] = {}
 
     def folder(family: str, kind: str | None = None) -> Path:
@@ -49,6 +51,8 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 @pytest.fixture
 def load(tiny_models: Callable[..., Path]) -> Callable[..., Base]:
     """(family, kind, dtype) -> a base model freshly loaded by lorica, of which a test may do as it likes."""
+    import tiny
+    from lorica import models
 
     def loaded(family: str, kind: str | None = None, dtype: str = "float32") -> Base:
         kind = kind or tiny.KINDS[family]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,6 +76,7 @@ def matrix(home: Path, targets: Sequence[str], *words: object) -> Matrix:
     return runs.evaluate_matrix(given, QUIET)
 
 
+@functools.cache
 def alone(home: Path, target: str, task: str) -> Evaluation:
     words = [f"task.path={home / 'data' / task}", "task.num_eval=30"]
     if target == "head":
@@ -126,9 +128,10 @@ def test_a_pass_takes_as_many_adapters_as_asked_for(home: Path, monkeypatch: pyt
         return score_branches(model, adapters, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(matrix_bench, "score_branches", noted)
-    matrix(home, ("topic", "sentiment", "merged", "base"), "branches=2", f"task.path={home / 'data' / 'topic'}")
+    task = (f"task.path={home / 'data' / 'topic'}", "task.num_eval=30")
+    matrix(home, ("topic", "sentiment", "merged", "base"), "branches=2", *task)
     assert taken == [2]  # the third goes alone, as does the base
-    matrix(home, ("topic", "sentiment"), f"task.path={home / 'data' / 'topic'}", "branches=1")
+    matrix(home, ("topic", "sentiment"), "branches=1", *task)
     assert taken == [2]
 
 

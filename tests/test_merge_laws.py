@@ -40,6 +40,7 @@ WEIGHTS = (1.0, 0.6, 1.5)
 SHAPES = {"model.layers.0.q_proj": (24, 18), "model.layers.1.q_proj": (16, 22), "model.layers.1.down_proj": (20, 8)}
 TOLERANCE = 1e-5  # relative, of each module: float32's rounding, and no entry on the wrong side of a threshold
 BROKEN = 1e-3
+PLAIN: dict[tuple[str, str], list[Array]] = {}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def order(name: str, params: Options) -> float:
     """The adapters in another order, their names, weights and Grams with them, give the same."""
     modules = made(name)
     other = [1, 0] if len(modules[0].updates) == 2 else [2, 0, 1]
-    return difference(name, params, modules, picked(modules, other))
+    return error(run(name, params, picked(modules, other)), plain(name, params))
 
 
 def refactoring(name: str, params: Options) -> float:
@@ -79,8 +80,11 @@ def refactoring(name: str, params: Options) -> float:
         B, A = update.B.double() @ (U * sizes) @ V, V.T / sizes @ U.T @ update.A.double()
         return LowRank(A.float(), B.float(), update.scale)
 
-    given = made(name), with_first(made(name), deficient)
-    return max(difference(name, params, modules, changed(modules, refactored)) for modules in given)
+    flat = with_first(made(name), deficient)
+    return max(
+        error(run(name, params, changed(made(name), refactored)), plain(name, params)),
+        error(run(name, params, changed(flat, refactored)), arrays(run(name, params, flat))),
+    )
 
 
 def scaling(name: str, params: Options) -> float:
@@ -92,7 +96,8 @@ def scaling(name: str, params: Options) -> float:
     def scale(update: LowRank, generator: torch.Generator) -> LowRank:
         return LowRank(update.A * (update.scale / 0.3), update.B, 0.3)
 
-    return max(difference(name, params, made(name), changed(made(name), each)) for each in (one_factor, scale))
+    both = (run(name, params, changed(made(name), each)) for each in (one_factor, scale))
+    return max(error(found, plain(name, params)) for found in both)
 
 
 def duplicate(name: str, params: Options) -> float:
@@ -251,8 +256,12 @@ def run(name: str, params: Options, modules: Merging) -> list[Update]:
     return [method(dataclasses.replace(each, site=dataclasses.replace(each.site, found=found))) for each in modules]
 
 
-def difference(name: str, params: Options, modules: Merging, others: Merging) -> float:
-    return error(run(name, params, others), arrays(run(name, params, modules)))
+def plain(name: str, params: Options) -> list[Array]:
+    """The merge of the modules as they are made, which several laws compare with: merged once."""
+    key = name, str(params)
+    if key not in PLAIN:
+        PLAIN[key] = arrays(run(name, params, made(name)))
+    return PLAIN[key]
 
 
 def error(found: Sequence[Update], expected: Sequence[Array]) -> float:

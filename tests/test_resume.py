@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,13 @@ def what_must_agree(run: Path) -> dict[str, Any]:
 def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
     """What each kind of run leaves when nothing stops it; made when first asked for."""
     return {}
+
+
+@pytest.fixture(scope="module")
+def dead(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, Path], Path]:
+    """(step, folder) -> a copy, in the folder, of a run that was killed at the step."""
+    made = functools.cache(lambda at: killed(data, tmp_path_factory.mktemp("dead") / "run", at))
+    return lambda at, folder: shutil.copytree(made(at), folder)
 
 
 def reference(
@@ -178,11 +188,11 @@ def test_a_wounded_checkpoint_is_passed_over(
     data: Path,
     tmp_path: Path,
     unbroken: dict[tuple[str, str], dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
+    dead: Callable[[int, Path], Path],
     wound: str,
 ) -> None:
     expected = reference(unbroken, data, tmp_path, "lora", "backprop")
-    run = killed(data, tmp_path / "run", monkeypatch, at=18)
+    run = dead(18, tmp_path / "run")
     saved = sorted((run / "checkpoints").iterdir())
     assert [each.name for each in saved] == ["step-00000012", "step-00000016"]
     tensors = saved[-1] / checkpoints.TENSORS
@@ -200,8 +210,10 @@ def test_a_wounded_checkpoint_is_passed_over(
     assert what_must_agree(run) == expected
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = killed(data, tmp_path / "run", monkeypatch, at=10)
+def test_a_full_disk_keeps_the_old_checkpoint(
+    dead: Callable[[int, Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = dead(10, tmp_path / "run")
     before = sorted(each.name for each in (run / "checkpoints").iterdir())
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
         patch.setattr(checkpoints, "save_file", no_space)
@@ -220,9 +232,9 @@ def test_resuming_a_finished_run_does_nothing(data: Path, tmp_path: Path) -> Non
     ("old", "new", "key"), [("seed: 0", "seed: 7", "config.seed"), ("rank: 2", "rank: 3", "config.adapter.rank")]
 )
 def test_a_changed_config_is_told_by_its_key(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, key: str
+    dead: Callable[[int, Path], Path], tmp_path: Path, old: str, new: str, key: str
 ) -> None:
-    run = killed(data, tmp_path / "run", monkeypatch, at=10)
+    run = dead(10, tmp_path / "run")
     path = run / "config.yaml"
     path.write_text(path.read_text().replace(f"\n{old}\n", f"\n{new}\n").replace(f"  {old}\n", f"  {new}\n"))
     with pytest.raises(ResumeError, match=key) as caught:
@@ -232,18 +244,18 @@ def test_a_changed_config_is_told_by_its_key(
         train([f"resume={run}", "force=true"])
 
 
-def test_changed_data_is_told(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_data_is_told(tmp_path: Path) -> None:
     own = tmp_path / "data"
     language.write_tasks(own)
-    run = killed(own, tmp_path / "run", monkeypatch, at=10)
+    run = killed(own, tmp_path / "run", at=10)
     path = own / "topic" / "train.jsonl"
     path.write_text(path.read_text().replace("the", "a", 1))
     with pytest.raises(ResumeError, match="another data"):
         train([f"resume={run}"])
 
 
-def test_a_resumed_run_takes_no_other_words(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = killed(data, tmp_path / "run", monkeypatch, at=10)
+def test_a_resumed_run_takes_no_other_words(dead: Callable[[int, Path], Path], tmp_path: Path) -> None:
+    run = dead(10, tmp_path / "run")
     with pytest.raises(ConfigError, match="drop learning_rate"):
         train([f"resume={run}", "learning_rate=1e-4"])
     with pytest.raises(LoricaError, match="not a run folder"):
@@ -304,8 +316,8 @@ def times(run: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
 
 
-def killed(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> Path:
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+def killed(data: Path, run: Path, at: int) -> Path:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(fit, "_told", dies_at(at))
         train(words_for(data, run, "lora", "backprop"))
     return run

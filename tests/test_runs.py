@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +40,19 @@ def lorica(*words: object) -> str:
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     return done.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """A short run, for a test to copy; made when first asked for."""
+
+    @functools.cache
+    def made() -> Path:
+        run = tmp_path_factory.mktemp("finished") / "run"
+        lorica("train", *SHORT, f"task.path={data / 'topic'}", f"output_dir={run}")
+        return run
+
+    return made
 
 
 def copy_of_demo(folder: Path) -> Path:
@@ -203,9 +218,8 @@ def test_a_short_run_that_diverges_is_told_to_lower_its_rate(data: Path, tmp_pat
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, 5000])
-def test_a_truncated_adapter_is_told_in_one_line(data: Path, tmp_path: Path, size: int) -> None:
-    run = tmp_path / "run"
-    lorica("train", *SHORT, f"task.path={data / 'topic'}", f"output_dir={run}")
+def test_a_truncated_adapter_is_told_in_one_line(finished: Callable[[], Path], tmp_path: Path, size: int) -> None:
+    run = shutil.copytree(finished(), tmp_path / "run")
     weights = run / "adapter" / "adapter_model.safetensors"
     os.truncate(weights, size)
     with pytest.raises(LoricaError, match=r"truncated|corrupt") as caught:
@@ -257,7 +271,9 @@ def test_plan_counts_what_training_counts(tmp_path: Path) -> None:
     assert "8.00 kB" not in lorica("plan", "model=demo")
 
 
-def test_the_demo_runs_and_prints_its_report_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_runs_and_prints_its_report_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = language.examples
+    monkeypatch.setattr(language, "examples", lambda task, split: every(task, split)[:80])
     printed = lorica("demo", "steps=2", "comparison_steps=2", f"output_dir={tmp_path / 'demo'}")
     assert printed.strip().splitlines()[-1] == str(tmp_path / "demo" / "report" / "index.html")
     assert "average of all four" in printed.replace("\n", " ") or "average" in printed

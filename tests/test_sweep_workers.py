@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import signal
-import subprocess
-import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -17,55 +17,54 @@ from lorica import files
 from lorica.runs.studying.sweep_workers import colleagues
 from lorica.studies import children
 from lorica.studies.ledger import CLAIMS, TRIALS, Ledger
-from lorica.studies.search import Bayes, Grid, Trial
+from lorica.studies.search import Bayes, Grid, Search, Trial
 from lorica.studies.space import Parameter, Space, key
 
 GRID = Grid(tuple({"a": place} for place in range(12)))
-WORKER = """
-import sys, time
-from pathlib import Path
-from lorica.studies.ledger import Ledger
-from lorica.studies.search import Bayes, Grid, Trial
-from lorica.studies.space import Parameter, Space
-ledger = Ledger(Path(sys.argv[1]), lambda number, line: Trial(number, line["params"], (line["value"],)))
-search = eval(sys.argv[2])
-print("ready", flush=True)
-input()
-while True:
-    with ledger.claimed(search) as claim:
-        if claim is None:
-            break
-        print(claim.number, flush=True)
-        time.sleep(float(sys.argv[3]))
-        ledger.finish(claim, {"value": claim.point["a"], "worker": sys.argv[4]})
-"""
-
-
-def worker(folder: Path, search: str, seconds: float, name: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", WORKER, str(folder), search, str(seconds), name]
-    started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert started.stdout is not None and started.stdout.readline() == "ready\n"
-    return started
-
-
-def go(started: subprocess.Popen[str]) -> None:
-    assert started.stdin is not None
-    started.stdin.write("\n")
-    started.stdin.flush()
 
 
 def ledger(folder: Path) -> Ledger:
     return Ledger(folder, lambda number, line: Trial(number, line["params"], (line["value"],)))
 
 
+class Worker:
+    """A process that, once it is told to, takes trials until there are none; each takes it so many seconds."""
+
+    def __init__(self, folder: Path, search: Search, seconds: float, name: str) -> None:
+        context = multiprocessing.get_context("fork")
+        self._told, there = context.Pipe()
+        self.process = context.Process(target=_works, args=(there, folder, search, seconds, name))
+        self.process.start()
+
+    def go(self) -> None:
+        self._told.send("go")
+
+    def number(self) -> int:
+        """Of the next trial that it takes, once it has."""
+        assert self._told.poll(60)
+        taken: int = self._told.recv()
+        return taken
+
+
+def _works(told: Connection, folder: Path, search: Search, seconds: float, name: str) -> None:
+    told.recv()
+    while True:
+        with ledger(folder).claimed(search) as claim:
+            if claim is None:
+                break
+            told.send(claim.number)
+            time.sleep(seconds)
+            ledger(folder).finish(claim, {"value": claim.point["a"], "worker": name})
+
+
 def test_two_processes_try_every_point_once(tmp_path: Path) -> None:
     search = Bayes(Space((Parameter("a", "float", 0.0, 1.0),)), 12, 12, 0)
-    both = [worker(tmp_path, repr(search), 0.05, name) for name in "ab"]
+    both = [Worker(tmp_path, search, 0.05, name) for name in "ab"]
     for each in both:
-        go(each)
+        each.go()
     for each in both:
-        each.communicate()
-        assert each.returncode == 0
+        each.process.join()
+        assert each.process.exitcode == 0
     lines = ledger(tmp_path).records()
     assert [each["number"] for each in lines] == list(range(12))
     assert len({key(each["params"]) for each in lines}) == 12 and {each["worker"] for each in lines} == {"a", "b"}
@@ -74,13 +73,13 @@ def test_two_processes_try_every_point_once(tmp_path: Path) -> None:
 
 def test_who_waits_for_the_last_trial_takes_it_over_when_its_worker_is_killed(tmp_path: Path) -> None:
     two = Grid(GRID.points[:2])
-    doomed = worker(tmp_path, repr(two), 1000, "doomed")
-    go(doomed)
-    assert doomed.stdout is not None and doomed.stdout.readline() == "0\n"
+    doomed = Worker(tmp_path, two, 1000, "doomed")
+    doomed.go()
+    assert doomed.number() == 0
     with ledger(tmp_path).claimed(two) as claim:
         assert claim is not None and claim.number == 1
         ledger(tmp_path).finish(claim, {"value": 1})
-    killing = threading.Timer(0.3, doomed.kill)
+    killing = threading.Timer(0.3, doomed.process.kill)
     killing.start()
     begin = time.monotonic()
     with ledger(tmp_path).claimed(two) as claim:
@@ -90,7 +89,7 @@ def test_who_waits_for_the_last_trial_takes_it_over_when_its_worker_is_killed(tm
     with ledger(tmp_path).claimed(two) as claim:
         assert claim is None
     killing.join()
-    doomed.communicate()
+    doomed.process.join()
     assert [each["number"] for each in ledger(tmp_path).records()] == [0, 1]
 
 

@@ -6,6 +6,7 @@ parent holds `index.jsonl`, one line for each finished run.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -130,7 +131,7 @@ def origin(seed: int, device: str, places: Sequence[str] = ()) -> dict[str, Any]
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "libraries": dict(_versions()),
         "device": device,
         "num_cpus": len(os.sched_getaffinity(0)),
         "seed": seed,
@@ -150,6 +151,7 @@ def _without(words: Sequence[str], options: Sequence[str]) -> list[str]:
     return [word for at, word in enumerate(words) if at not in left_out]
 
 
+@functools.cache
 def _commit() -> str | None:
     """The commit of the checkout that this code runs from; None when it runs from an installed package."""
     root = Path(__file__).resolve().parents[2]
@@ -158,6 +160,11 @@ def _commit() -> str | None:
     command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def artifacts(folder: Path, base: str) -> dict[str, Any]:

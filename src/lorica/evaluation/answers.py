@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
 from lorica.tasks.base import Gold
 
@@ -58,6 +57,8 @@ def drop_agreement(spans: Sequence[str], gold: Sequence[str]) -> tuple[float, fl
     F1 is that of sets of words, in the best pairing of the spans; spans that no number agrees in score nothing, and
     the mean is over the spans of the side that has more. It is rounded to two decimals, as DROP's is.
     """
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # 0.6 s that other metrics need not
+
     found, right = ([_drop_normalised(span) for span in side] for side in (spans, gold))
     exact = float(len(found) == len(right) and {*found} == {*right})
     bags = [[{*span.split()} for span in side] for side in (found, right)]

@@ -6,7 +6,6 @@ import os
 
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from lorica.adapters.branches import blocks_of
 from lorica.processes import Processes
@@ -23,6 +22,8 @@ def shard(model: nn.Module, processes: Processes) -> None:
     What is laid on the model afterwards, and what lies outside the blocks, stays whole in every process. Every process
     must run the model whenever one does.
     """
+    from torch.distributed.fsdp import fully_shard  # a second to import, which a verb that loads no model need not pay
+
     mesh = init_device_mesh(next(model.parameters()).device.type, (processes.num,))
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)

@@ -66,6 +66,8 @@ SETTINGS: dict[Any, Any] = {
     "axes.facecolor": "none",
     "path.simplify": True,
     "timezone": "UTC",
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
 }
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
@@ -129,8 +131,10 @@ def panel(
         axes = figure.add_subplot()
         draw(axes)
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # it has its places now, and would look for them again at each save
+        layout = figure.get_layout_engine()
+        assert layout is not None
+        layout.execute(figure)
+        figure.set_layout_engine(None)  # it has its places now, and would draw twice at each save to find them again
         svg = _saved(figure, format="svg", metadata={"Date": None, "Creator": None})
         png = _saved(figure, format="png", dpi=200, metadata={"Software": None})
     return Panel(name, alt, svg, png, _inline(svg, name, alt), width)
