@@ -5,8 +5,13 @@
 The reference is what the definition says (MATH section 4): each option behind its prompt alone in a batch of one, the
 logits of every position, their log-softmax, the mean over the option's tokens. It scores every eighth example in order
 of length, ours scores all, as batches need many; figures are those of an example. The two take turns in one process,
-with as many threads, and the ratios are taken round by round. The models are the small causal one, on every task, and
-random weights in the shape of OPT-125m, with its vocabulary, on the same prompts of two tasks, of which it reads fewer.
+with as many threads, and the ratios are taken round by round. Each side has a model of its own from the same file: the
+reference's as transformers loads it, ours as lorica does.
+
+The small causal model (GPT-Neo) goes through every task. The others go through two, one of short prompts and one of
+long: a smaller one (Llama, two layers), random weights in the shape of OPT-125m, with its vocabulary, which reads fewer
+of the first model's prompts, and the tests' tiny OPT, Llama and GPT-2, whose tokens are letters and whose prompts have
+at most 128. Tiny models are all calls and next to no products; in OPT-125m it is the other way round.
 
 - `speedup`: the reference's time / ours: CPU seconds with one thread, by the clock with more.
 - `work`: the same ratio of the multiplications in matrix products, counted, padding included: what the speedup would be
@@ -22,6 +27,8 @@ import argparse
 import json
 import os
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from zo_step_pieces import random_opt
@@ -41,7 +49,8 @@ from lorica.tasks.prompting import Choice
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LORICA_SHARED", "shared")).resolve()
-SMALL = "tinystories3m_chat"
+SMALL, SMALLER = "tinystories3m_chat", "tinystories656k"
+SHORT_AND_LONG = ("sst2", "boolq")
 BATCH_SIZE = 64  # as `lorica evaluate` has it
 APART = 8  # in order of length, the examples that the reference scores
 NUM_WARMING = 4  # examples, before the clock runs
@@ -49,18 +58,19 @@ NUM_WARMING = 4  # examples, before the clock runs
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of a task, from the shortest to the longest, and a model to score them."""
+    """Rows of a task, from the shortest to the longest, and a model to score them: by lorica, and by the reference."""
 
     shape: str
     task: str
     model: Any
+    reference: Any
     collate: Collate
     rows: Sequence[Choice]
 
 
 def main() -> None:
     arguments = _arguments()
-    cases = [*_of_small_model(arguments.tasks, arguments.examples), *_of_opt(arguments.examples)]
+    cases = [*_cases(arguments.tasks, arguments.examples)]
     rows = [row for case in cases for row in _compared(case, arguments.threads, arguments.rounds)]
     record = {
         "what": "time of scoring the options of choice tasks, against one option at a time",
@@ -72,20 +82,41 @@ def main() -> None:
     files.write_json(ROOT / "results" / "evaluation_speed.json", record)
 
 
-def _of_small_model(tasks: Sequence[str], num_examples: int) -> Iterator[Case]:
+def _cases(tasks: Sequence[str], num_examples: int) -> Iterator[Case]:
     for task in tasks:
-        cfg = TaskConfig(name=task, path=str(SHARED / "data" / task), num_eval=num_examples, max_length=256)
-        ready = prepare(ModelConfig(name=str(SHARED / "models" / SMALL), kind="causal"), cfg, "cpu", 0)
-        rows = [row for row in ready.encoded(chosen(ready.task, "test", cfg)) if isinstance(row, Choice)]
-        yield Case(SMALL, task, ready.base.model, ready.collate(), sorted(rows, key=lambda row: row.length))
+        yield _case(SHARED / "models" / SMALL, task, num_examples)
+    yield from _of_opt(num_examples)
+    for task in SHORT_AND_LONG:
+        yield _case(SHARED / "models" / SMALLER, task, num_examples)
+    with tempfile.TemporaryDirectory() as folder:
+        for family in ("opt", "llama", "gpt2"):
+            tiny = _saved_tiny(Path(folder) / f"tiny-{family}", family)
+            for task in SHORT_AND_LONG:
+                yield _case(tiny, task, num_examples)
+
+
+def _case(model: Path, task: str, num_examples: int) -> Case:
+    cfg = TaskConfig(name=task, path=str(SHARED / "data" / task), num_eval=num_examples, max_length=256)
+    ready = prepare(ModelConfig(name=str(model), kind="causal"), cfg, "cpu", 0)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model).eval().requires_grad_(False)
+    rows = [row for row in ready.encoded(chosen(ready.task, "test", cfg)) if isinstance(row, Choice)]
+    rows.sort(key=lambda row: row.length)
+    return Case(model.name, task, ready.base.model, reference, ready.collate(), rows)
 
 
 def _of_opt(num_examples: int) -> Iterator[Case]:
-    """The small model's tokens, all of them in the larger vocabulary."""
+    """The small model's tokens, all of them in the larger vocabulary; lorica changes nothing in this model."""
     model = random_opt("opt-125m", "float32", "cpu")
-    for task, count in (("sst2", num_examples // 2), ("boolq", num_examples // 8)):
-        for case in _of_small_model([task], count):
-            yield replace(case, shape="opt-125m", model=model)
+    for task, count in zip(SHORT_AND_LONG, (num_examples // 2, num_examples // 8), strict=True):
+        case = _case(SHARED / "models" / SMALL, task, count)
+        yield replace(case, shape="opt-125m", model=model, reference=model)
+
+
+def _saved_tiny(folder: Path, family: str) -> Path:
+    sys.path.append(str(ROOT / "tests"))
+    import tiny
+
+    return tiny.save(folder, family)
 
 
 def _compared(case: Case, numbers_of_threads: Sequence[int], rounds: int) -> Iterator[dict[str, Any]]:
@@ -136,7 +167,7 @@ def _ours(case: Case) -> Tensor:
 def _one_by_one(case: Case) -> Tensor:
     """(n, options), each option in a pass of its own."""
     return torch.tensor(
-        [[_score(case.model, *each) for each in zip(row.prompts, row.options, strict=True)] for row in case.rows]
+        [[_score(case.reference, *each) for each in zip(row.prompts, row.options, strict=True)] for row in case.rows]
     )
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.models.auto import modeling_auto
 
-from lorica import randomness
+from lorica import randomness, swaps
 from lorica.adapters import injection, lora
 from lorica.adapters.injection import Placement
 from lorica.errors import (
@@ -111,6 +111,7 @@ def load(
     # Frozen from the start: torch picks its matmul by requires_grad, so a base that an adapter froze later would round
     # its logits otherwise than the same base alone.
     model.to(device).eval().requires_grad_(False)
+    swaps.swap_slow_modules(model, attention=attention is None)
     return Base(model, tokenizer, kind, name, (*heads, *sorted(missing_inside)), tuple(new))
 
 
