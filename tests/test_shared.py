@@ -71,7 +71,8 @@ def test_a_run_of_one_step_scores_every_row_of_the_real_data(name: str, kind: st
 
 def _num_examples(name: str, file: Path) -> int:
     """A line is an example; of MultiRC, an answer is."""
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    with file.open(encoding="utf-8") as lines:  # str.splitlines would part a text at its own separators too
+        rows = [json.loads(line) for line in lines]
     if name != "multirc":
         return len(rows)
     return sum(len(question["answers"]) for row in rows for question in row["questions"])
