@@ -123,12 +123,12 @@ def _zo_defaults(record: Record) -> str:
         (
             f"{row['model']}, {row['task']}",
             f"{row['target']:.4f}",
-            *(_needed(row["needed"][arm], record["forwards"]) for arm in ("lorica", "xgblora", "backprop")),
-            *(f"{row['curves'][arm][-1]['loss']:.4f}" for arm in ("lorica", "xgblora", "backprop")),
+            *(_needed(row["needed"][arm], record["forwards"]) for arm in ("lorica", "xgblora", "probes", "backprop")),
+            *(f"{row['curves'][arm][-1]['loss']:.4f}" for arm in ("lorica", "xgblora", "probes", "backprop")),
         )
         for row in record["rows"]
     ]
-    arms = ("LoRA", "XGBLoRA", "backprop")
+    arms = ("LoRA", "XGBLoRA", "LoRA by probes alone", "backprop")
     head = (
         "",
         f"MeZO after {record['forwards']:,} forwards",

@@ -1,13 +1,14 @@
 """Zeroth order on real data: our default setting against MeZO's LoRA, dev loss by forward passes.
 
-    LORICA_SHARED=FOLDER python benchmarks/zo_defaults.py [--arms mezo lorica xgblora backprop]
+    LORICA_SHARED=FOLDER python benchmarks/zo_defaults.py [--arms mezo lorica xgblora probes backprop]
         [--models encoder causal] [--tasks sst2 emotion snips] [--seeds 0 1 2] [--workers 2]
 
 - `mezo`: LoRA r=8, alpha=16, two-sided, batch 16, 10,000 forwards; the rate and epsilon of its published grid that end
   lowest on dev at the first seed, for each task and model apart.
 - `lorica`: what `trainer=zo` does unless told otherwise, with one rate for all; a third of the forwards, those of its
-  first look at the examples among them.
+  first look at the examples and of its warm start among them, where a batch counts as two and a quarter.
 - `xgblora`: the same with boosting.
+- `probes`: `lorica` without the warm start, by forward passes alone.
 - `backprop`: LoRA r=8 by backprop, a forward and a backward counted as three forwards.
 
 The encoder has a head, the causal model is prompted. `needed` is after how many forwards an arm's dev loss, in the mean
@@ -18,6 +19,7 @@ results/zo_defaults_runs.jsonl, and is not run again; results/zo_defaults.json i
 from __future__ import annotations
 
 import argparse
+import bisect
 import itertools
 import json
 import math
@@ -35,6 +37,7 @@ from rich.console import Console
 
 from lorica import config, files, results, runs
 from lorica.config import TrainConfig
+from lorica.runs.studying.plan import forwards_of
 from lorica.runs.training import first_look
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,15 +57,19 @@ MEZO = {
     "zo.normalize": "none",
     "zo.train": "both",
     "stratified": "false",
+    "zo.warm_start_steps": 0,
 }
 ARMS: dict[str, dict[str, Any]] = {
     "mezo": MEZO,
     "lorica": {"trainer": "zo"},
     "xgblora": {"trainer": "zo", "adapter.kind": "xgblora"},
+    "probes": {"trainer": "zo", "zo.warm_start_steps": 0},
     "backprop": {"trainer": "backprop"},
 }
-SHARES = {"mezo": 1.0, "lorica": 1 / 3, "xgblora": 1 / 3, "backprop": 0.1}
-FIRST_LOOK = dict.fromkeys(("lorica", "xgblora"), math.ceil(first_look.NUM_EXAMPLES / 16))  # forwards before the steps
+SHARES = {"mezo": 1.0, "lorica": 1 / 3, "xgblora": 1 / 3, "probes": 1 / 3, "backprop": 0.1}
+FIRST_LOOK = dict.fromkeys(
+    ("lorica", "xgblora", "probes"), math.ceil(first_look.NUM_EXAMPLES / 16)
+)  # forwards before the steps
 Run = dict[str, Any]
 
 
@@ -134,8 +141,7 @@ def _measured(run: Run) -> dict[str, Any]:
 def _config(run: Run, folder: str) -> TrainConfig:
     name, kind = MODELS[run["model"]]
     words = {**ARMS[run["arm"]], **run["point"]}
-    per_step = 3 if run["arm"] == "backprop" else _forwards_per_step(words)
-    steps = int((FORWARDS * SHARES[run["arm"]] - FIRST_LOOK.get(run["arm"], 0)) / per_step)
+    steps = _num_steps(run["arm"], words)
     words |= {
         "model": SHARED / "models" / name,
         "task": run["task"],
@@ -153,10 +159,17 @@ def _config(run: Run, folder: str) -> TrainConfig:
     return config.read(TrainConfig, [f"{key}={value}" for key, value in words.items()])
 
 
-def _forwards_per_step(words: dict[str, Any]) -> int:
-    zo = config.read(TrainConfig, [f"{key}={value}" for key, value in words.items()]).resolved().zo
-    assert zo.num_directions is not None
-    return zo.num_directions * (1 if zo.estimator == "one_sided" else 2)
+def _num_steps(arm: str, words: dict[str, Any]) -> int:
+    """As many as the arm's share of the forwards allows, with all that it counts beside its steps."""
+    allowed = FORWARDS * SHARES[arm] - FIRST_LOOK.get(arm, 0)
+    if arm == "backprop":
+        return int(allowed / 3)
+
+    def passes(num_steps: int) -> int:
+        cfg = config.read(TrainConfig, [f"{key}={value}" for key, value in (words | {"max_steps": num_steps}).items()])
+        return forwards_of(cfg.resolved(), num_steps)
+
+    return bisect.bisect_right(range(1, FORWARDS), allowed, key=passes)
 
 
 def _best(model: str, task: str, seed: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Callable
@@ -50,6 +51,18 @@ def train(*words: str) -> tuple[Path, str]:
     return found.run.path, said.getvalue()
 
 
+@pytest.fixture(scope="module")
+def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """A run of this kind that nothing stopped, to be read alone, and what it said; made when first asked for."""
+
+    @functools.cache
+    def made(kind: str) -> tuple[Path, str]:
+        run = tmp_path_factory.mktemp("unbroken") / "run"
+        return train(*BASE, *KINDS[kind], f"task.path={data}", f"output_dir={run}")
+
+    return made
+
+
 def place(run: Path) -> Path:
     return next(each for each in (run / "adapter", run / "model") if each.is_dir())
 
@@ -70,16 +83,19 @@ def left(run: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_run_is_evaluated_the_same_and_resumes_bit_for_bit(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    data: Path,
+    tmp_path: Path,
+    unbroken: Callable[[str], tuple[Path, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
 ) -> None:
-    common = [*BASE, *KINDS[kind], f"task.path={data}"]
-    unbroken, said = train(*common, f"output_dir={tmp_path / 'unbroken'}")
-    evaluation = runs.evaluate_target(str(unbroken), EvaluateConfig())
-    assert evaluation.as_record() == json.loads((unbroken / "eval_results_test.json").read_text())
+    whole, said = unbroken(kind)
+    evaluation = runs.evaluate_target(str(whole), EvaluateConfig())
+    assert evaluation.as_record() == json.loads((whole / "eval_results_test.json").read_text())
     assert kind.partition(" ")[0] in said
-    card = (unbroken / "README.md").read_text()
+    card = (whole / "README.md").read_text()
     assert "| accuracy |" in card and "{" not in card and "LoRA" not in card
-    words = [*common, f"output_dir={tmp_path / 'run'}"]
+    words = [*BASE, *KINDS[kind], f"task.path={data}", f"output_dir={tmp_path / 'run'}"]
     for kill in (3, 9):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(fit, "_told", dies_at(kill))
@@ -87,14 +103,14 @@ def test_a_run_is_evaluated_the_same_and_resumes_bit_for_bit(
         torch.manual_seed(kill)
         words = [f"resume={tmp_path / 'run'}"]
     train(*words)
-    assert left(tmp_path / "run") == left(unbroken)
-    losses = [step["loss"] for step in files.read_records(unbroken / "training_loss.jsonl")]
+    assert left(tmp_path / "run") == left(whole)
+    losses = [step["loss"] for step in files.read_records(whole / "training_loss.jsonl")]
     assert len(set(losses)) == 12
 
 
 @pytest.mark.parametrize("kind", ["full by zo", "full by zo in bfloat16", "prefix by zo"])
-def test_a_log_rebuilds_what_a_run_trained(data: Path, tmp_path: Path, kind: str) -> None:
-    run, _ = train(*BASE, *KINDS[kind], f"task.path={data}", f"output_dir={tmp_path / 'run'}")
+def test_a_log_rebuilds_what_a_run_trained(unbroken: Callable[[str], tuple[Path, str]], kind: str) -> None:
+    run, _ = unbroken(kind)
     assert runs.replay(str(run), ReplayConfig()).is_identical
 
 
@@ -109,8 +125,8 @@ def test_every_parameter_is_trained_but_for_none_at_rate_zero(data: Path, tmp_pa
             assert changed == (list(base) if moves else []), trainer
 
 
-def test_full_tuning_learns(data: Path, tmp_path: Path) -> None:
-    run, _ = train(*BASE, *KINDS["full by backprop"], f"task.path={data}", f"output_dir={tmp_path / 'a'}")
+def test_full_tuning_learns(unbroken: Callable[[str], tuple[Path, str]]) -> None:
+    run, _ = unbroken("full by backprop")
     losses = [step["loss"] for step in files.read_records(run / "training_loss.jsonl")]
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
 
@@ -125,8 +141,10 @@ def test_a_head_is_trained_with_the_model_and_comes_back(
         assert evaluation.as_record() == json.loads((run / "eval_results_test.json").read_text())
 
 
-def test_a_whole_model_is_exported_and_evaluated_anywhere(data: Path, tmp_path: Path) -> None:
-    run, _ = train(*BASE, *KINDS["full by zo"], f"task.path={data}", f"output_dir={tmp_path / 'run'}")
+def test_a_whole_model_is_exported_and_evaluated_anywhere(
+    data: Path, tmp_path: Path, unbroken: Callable[[str], tuple[Path, str]]
+) -> None:
+    run, _ = unbroken("full by zo")
     done = runs.export(str(run), ExportConfig(output_dir=str(tmp_path / "out")))
     assert done.told() == "the whole model, exact"
     words = [f"model={tmp_path / 'out'}", f"task.path={data}", "task.num_eval=40"]
@@ -139,8 +157,10 @@ def test_a_whole_model_is_exported_and_evaluated_anywhere(data: Path, tmp_path: 
         runs.evaluate_target(str(run), config.read(EvaluateConfig, ["model=demo"]))
 
 
-def test_a_prefix_is_exported_and_evaluated_by_its_folder(data: Path, tmp_path: Path) -> None:
-    run, _ = train(*BASE, *KINDS["prefix by zo"], f"task.path={data}", f"output_dir={tmp_path / 'run'}")
+def test_a_prefix_is_exported_and_evaluated_by_its_folder(
+    data: Path, tmp_path: Path, unbroken: Callable[[str], tuple[Path, str]]
+) -> None:
+    run, _ = unbroken("prefix by zo")
     runs.export(str(run), ExportConfig(output_dir=str(tmp_path / "out")))
     words = [f"task.path={data}", "task.num_eval=40"]
     found = runs.evaluate_target(str(tmp_path / "out"), config.read(EvaluateConfig, words)).as_record()
@@ -231,7 +251,8 @@ def test_what_does_not_go_together_is_refused(words: list[str], told: list[str])
         (["adapter.kind=full"], 5e-5, None),
         (FULL_ZO, 1e-6, "rademacher"),
         (["--prefix_tuning"], 1e-3, None),
-        (["trainer=zo"], 1e-3, "gaussian"),
+        (["trainer=zo"], 3e-4, "gaussian"),
+        (["trainer=zo", "zo.warm_start_steps=0"], 1e-3, "gaussian"),
         (["trainer=zo", "zo.train=both"], 1e-4, "gaussian"),
         ([*FULL_ZO, "zo.distribution=gaussian"], 1e-6, "gaussian"),
     ],

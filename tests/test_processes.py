@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp as fsdp
 from accelerate.state import AcceleratorState
 from rich.console import Console
 from safetensors.torch import load_file
@@ -30,7 +31,7 @@ from lorica.errors import ConfigError, DriftError, InterruptedRunError
 from lorica.processes import Processes
 from lorica.runs.training import stretch_trainer
 from lorica.tasks.batching import Batch, ChoiceBatch, HeadBatch, mapped, share
-from lorica.training import fit, sharding
+from lorica.training import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
@@ -95,7 +96,8 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def together() -> Iterator[Pair]:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lorica.runs", "transformers.models.llama.modeling_llama"])  # once for both
     pair = Pair([context.Queue() for _ in range(2)], context.Queue())
     processes = [context.Process(target=_works, args=(rank, pair.jobs[rank], pair.results)) for rank in range(2)]
     for process in processes:
@@ -123,6 +125,20 @@ def _works(rank: int, jobs: Any, results: Any) -> None:
                 results.put((rank, f"{type(error).__name__}: {error}"))
 
 
+@pytest.fixture(scope="module")
+def unbroken(together: Pair, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What the pair leaves of a run by these words that nothing stops; made when first asked for."""
+
+    @functools.cache
+    def folder(more: str) -> Path:
+        run = tmp_path_factory.mktemp("unbroken") / "run"
+        here, there = together(words_for(data, run, more))
+        assert here == there == str(run), here
+        return run
+
+    return folder
+
+
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in files.read_records(run / "training_loss.jsonl")]
 
@@ -132,11 +148,11 @@ def without_seconds(run: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", list(RUNS))
-def test_two_processes_take_the_steps_of_one(together: Pair, data: Path, tmp_path: Path, name: str) -> None:
+def test_two_processes_take_the_steps_of_one(
+    unbroken: Callable[[str], Path], data: Path, tmp_path: Path, name: str
+) -> None:
     alone = train(words_for(data, tmp_path / "alone", RUNS[name]))
-    here, there = together(words_for(data, tmp_path / "two", RUNS[name]))
-    assert here == there == str(tmp_path / "two"), here
-    two = Path(here)
+    two = unbroken(RUNS[name])
     assert losses(two) == pytest.approx(losses(alone), rel=1e-5)
     assert max(losses(two)) - min(losses(two)) > 0.05, "steps that change nothing would agree too"
     for one, other in zip(*(without_seconds(each, "training_loss.jsonl") for each in (alone, two)), strict=True):
@@ -198,7 +214,9 @@ def strays(patch: pytest.MonkeyPatch) -> None:
 
 
 def test_drift_is_an_error_that_names_the_step(together: Pair, data: Path, tmp_path: Path) -> None:
-    found = together(words_for(data, tmp_path / "run", ZO, "max_steps=15 eval_steps=null"), strays)
+    found = together(
+        words_for(data, tmp_path / "run", ZO, "max_steps=15 eval_steps=null zo.warm_start_steps=0"), strays
+    )
     assert all(each.startswith(f"{DriftError.__name__}: step 10: ") for each in found), found
 
 
@@ -212,17 +230,6 @@ def is_stopped(patch: pytest.MonkeyPatch, rank: str, step: int) -> None:
         return original(progress, *rest)
 
     patch.setattr(fit, "_told", told)
-
-
-@pytest.fixture(scope="module")
-def unbroken(together: Pair, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """What the pair leaves of a run by these words that nothing stops; made when first asked for."""
-
-    @functools.cache
-    def folder(more: str) -> Path:
-        return Path(together(words_for(data, tmp_path_factory.mktemp("unbroken") / "run", more))[0])
-
-    return folder
 
 
 @pytest.mark.parametrize(("name", "rank"), [("spsa", "1"), ("adaptive", "0"), ("adaptive", "1")])
@@ -251,7 +258,7 @@ def test_what_cannot_be_shared_out_is_refused(together: Pair, data: Path, tmp_pa
 
 def shards(patch: pytest.MonkeyPatch, told: Path | None = None) -> None:
     """Set accelerate up for FSDP, and note that the base was sharded for it."""
-    original = sharding.fully_shard
+    original = fsdp.fully_shard
 
     def noted(module: Any, **options: Any) -> Any:
         if told is not None:
@@ -259,7 +266,7 @@ def shards(patch: pytest.MonkeyPatch, told: Path | None = None) -> None:
         return original(module, **options)
 
     patch.setenv("ACCELERATE_USE_FSDP", "true")
-    patch.setattr(sharding, "fully_shard", noted)
+    patch.setattr(fsdp, "fully_shard", noted)
 
 
 @pytest.mark.parametrize("name", ["boosted", "head"])

@@ -60,6 +60,15 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [block for stack in _stacks(model).values() for block in stack]
 
 
+def of_last_block(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Those of the modules at `paths` that lie in the last block of the model's last stack."""
+    stacks = _stacks(model)
+    if not stacks:
+        return []
+    last = next(reversed(stacks))
+    return [path for path in paths if _place(path, stacks) == (last, len(stacks[last]) - 1)]
+
+
 def _owners(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """Path -> module, of the modules that hold the parameters themselves."""
     paths = dict.fromkeys(name.rpartition(".")[0] for name in names)

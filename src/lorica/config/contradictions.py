@@ -186,6 +186,11 @@ def of_zeroth_order(cfg: TrainConfig) -> list[str]:
             f"adapter.kind={cfg.adapter.kind} has none: drop it",
         ),
         (
+            cfg.adapter.kind not in LOW_RANK and bool(zo.warm_start_steps),
+            f"zo.warm_start_steps={zo.warm_start_steps} fits low-rank factors, and adapter.kind={cfg.adapter.kind} has "
+            "none: drop it",
+        ),
+        (
             cfg.adapter.kind == "xgblora" and zo.train not in ("auto", factors),
             f"zo.train={zo.train} and boosting.train_factors={factors} contradict each other: drop one of them",
         ),

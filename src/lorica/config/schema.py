@@ -14,6 +14,8 @@ from lorica.config.flags import Flag
 DEFAULT_RATES = {"lora": (1e-3, 1e-4), "full": (5e-5, 1e-6), "prefix": (1e-3, 1e-3)}  # by backprop, under zo
 MOST_STEPS = 1_000_000  # of a run whose length is a time
 RATE_OF_SEVERAL = 1e-3  # under zo, where the mean of several one-sided directions is taken
+NUM_BOOSTERS = 8  # of a boosted run whose rounds begin with a warm start
+RATE_AFTER_WARM_START = 3e-4  # the same, from where a larger one would lead away again
 
 
 class Section(BaseModel):
@@ -100,7 +102,10 @@ class PrefixConfig(Section):
 
 
 class BoostingConfig(Section):
-    """How adapter.kind=xgblora boosts. The one rule in force: steps if given, else adaptive if on, else epochs."""
+    """How adapter.kind=xgblora boosts. The one rule in force: steps if given, else adaptive if on, else epochs.
+
+    Where none is given, a run by zeroth order whose rounds begin with a warm start has eight rounds of equal length.
+    """
 
     steps_per_iteration: int | None = Field(None, ge=1, description="a round is so many optimizer steps")
     use_adaptive_merge: bool = Field(False, description="a round ends when the smoothed loss stops improving")
@@ -152,6 +157,12 @@ class ZerothOrderConfig(Section):
     objective: Literal["loss", "accuracy", "macro_f1"] = Field(
         "loss", description="what is trained for; no gradient needed"
     )
+    warm_start_steps: int | None = Field(
+        None,
+        ge=0,
+        description="batches that the last block is fitted to first, by gradients that end there. None: 200, and at "
+        "most a tenth of the run's forward passes; 0 with an adapter.init of your own, zo.train=both or a metric",
+    )
     branches: Literal["auto", "timed"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="probes that one forward pass takes; auto: by their tokens; timed: what is fastest here"
     )
@@ -196,7 +207,9 @@ class TrainConfig(Section):
     )
     optimizer: Literal["adamw", "sgd", "momentum"] | None = Field(None, description="None: adamw, or sgd under zo")
     learning_rate: float | None = Field(
-        None, ge=0, description="None: 1e-3, or 1e-4 by two-sided probes; full 5e-5, zo 1e-6"
+        None,
+        ge=0,
+        description="None: 1e-3; under zo 3e-4 after a warm start, 1e-4 by two-sided probes; full 5e-5, zo 1e-6",
     )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm; None: no clipping")
@@ -333,8 +346,10 @@ class TrainConfig(Section):
         zeroth_order = self.trainer == "zo"
         rate = DEFAULT_RATES.get(kind, DEFAULT_RATES["lora"])[zeroth_order]
         if zeroth_order and kind in LOW_RANK and self._estimator() == "one_sided":
-            rate = RATE_OF_SEVERAL
-        steps = 1000 if self.max_seconds is None else MOST_STEPS
+            rate = RATE_AFTER_WARM_START if self.warm_starts() else RATE_OF_SEVERAL
+        steps = self.max_steps
+        if steps is None and self.num_epochs is None:
+            steps = 1000 if self.max_seconds is None else MOST_STEPS
         constant = zeroth_order or self.max_seconds is not None
         return self.model_copy(
             update={
@@ -342,12 +357,22 @@ class TrainConfig(Section):
                 "schedule": self.schedule or ("constant" if constant else "linear"),
                 "learning_rate": rate if self.learning_rate is None else self.learning_rate,
                 "stratified": zeroth_order if self.stratified is None else self.stratified,
-                "max_steps": steps if self.max_steps is None and self.num_epochs is None else self.max_steps,
+                "max_steps": steps,
                 **(self._low_rank_sections() if kind in LOW_RANK else {}),
-                **(self._zeroth_order_sections() if zeroth_order else {}),
+                **(self._zeroth_order_sections(steps) if zeroth_order else {}),
                 **(self._prefix_section() if kind == "prefix" else {}),
             }
         )
+
+    def warm_starts(self) -> bool:
+        """Whether a run begins with its last block fitted. Where that is left open: if A's start is too, and the loss
+        is trained for, by B alone and in its own units, on a base that has gradients.
+        """
+        if self.trainer != "zo" or self.adapter.kind not in LOW_RANK or self.zo.warm_start_steps is not None:
+            return bool(self.zo.warm_start_steps)
+        of_B = self._factors_of_zeroth_order() == "B" and self.zo.space == "parameter" and not self.boosting.orthogonal
+        has_gradient = self.zo.objective == "loss" and self.model.quantization == "none"
+        return self.adapter.init == "auto" and of_B and has_gradient
 
     def _low_rank_sections(self) -> dict[str, Any]:
         boosted = self.adapter.kind == "xgblora"
@@ -355,7 +380,7 @@ class TrainConfig(Section):
         alpha = self.adapter.alpha or (1.0 if boosted and self.trainer != "zo" else 2.0) * rank
         return {"adapter": self.adapter.model_copy(update={"rank": rank, "alpha": alpha})}
 
-    def _zeroth_order_sections(self) -> dict[str, Any]:
+    def _zeroth_order_sections(self, num_steps: int | None) -> dict[str, Any]:
         """With the factors that are trained, of which two sections speak, in agreement."""
         low_rank, factors, estimator = self.adapter.kind in LOW_RANK, self._factors_of_zeroth_order(), self._estimator()
         zo = self.zo.model_copy(
@@ -367,9 +392,17 @@ class TrainConfig(Section):
         )
         if not low_rank:
             return {"zo": zo}
-        boosted = self.adapter.kind == "xgblora"
-        boosting = self.boosting.model_copy(update={"train_factors": factors}) if boosted else self.boosting
+        rounds = {"train_factors": factors, "steps_per_iteration": self._steps_of_a_round(num_steps)}
+        boosting = self.boosting.model_copy(update=rounds) if self.adapter.kind == "xgblora" else self.boosting
         return {"zo": zo.model_copy(update={"train": factors}), "boosting": boosting}
+
+    def _steps_of_a_round(self, num_steps: int | None) -> int | None:
+        """Under warm starts, where no rule is asked for, as many boosters as an adapter usually has ranks."""
+        boosting = self.boosting
+        asked = boosting.model_fields_set & {"steps_per_iteration", "use_adaptive_merge", "merge_frequency"}
+        if asked or not num_steps or self.max_seconds is not None or not self.warm_starts():
+            return boosting.steps_per_iteration
+        return -(-num_steps // NUM_BOOSTERS)
 
     def _estimator(self) -> Literal["spsa", "one_sided", "forward_gradient"]:
         by_B = self.adapter.kind in LOW_RANK and self._factors_of_zeroth_order() == "B"

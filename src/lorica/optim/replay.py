@@ -1,9 +1,9 @@
 """`replay.jsonl`: what rebuilds a zeroth-order run from its base model, without data and without a forward pass.
 
-The first line is the header. One may follow with what a first look at the examples has shown. Then each step has a
-line: the float32 weights of its directions, or none if it was not applied; the learning rate where it changes; every
-100 steps a checksum of what is trained. A boosting round that ends has a line of what was decided. The directions
-themselves follow from the seed and the step (MATH section 3).
+The first line is the header. A line of what the examples have shown may stand before the steps of a round: a first
+look's, a warm start's. Each step has a line: the float32 weights of its directions, or none if it was not applied; the
+learning rate where it changes; every 100 steps a checksum of what is trained. A boosting round that ends has a line of
+what was decided. The directions themselves follow from the seed and the step (MATH section 3).
 """
 
 from __future__ import annotations
@@ -81,13 +81,14 @@ class ReplayLog:
     A log that is there is gone on with; `before` is its last header where that differs from the one given.
     """
 
-    def __init__(self, path: Path, header: Header, looked: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, path: Path, header: Header) -> None:
         self.path = path
         self.num_rounds = 0
         self.before: dict[str, Any] | None = None
         self._waiting: list[str] = []
         self._rate: float | None = None
-        self._begin(asdict(header), looked or {})
+        self._looked: set[str] = set()
+        self._begin(asdict(header))
 
     def __enter__(self) -> ReplayLog:
         return self
@@ -110,6 +111,14 @@ class ReplayLog:
         if len(self._waiting) >= SEGMENT:
             self.flush()
 
+    def look(self, step: int, looked: Mapping[str, Tensor]) -> None:
+        """Note what the examples have shown until after a step, as far as the log does not have it."""
+        new = {name: tensor.contiguous() for name, tensor in looked.items() if name not in self._looked}
+        if new:
+            self._looked |= set(new)
+            content = base64.b64encode(save(new)).decode()
+            self._waiting.append(files.record_line({"step": step, "looked": content}))
+
     def end_round(self, ended: LoggedRound) -> None:
         """Note what the end of a round decided."""
         self.num_rounds += 1
@@ -120,18 +129,17 @@ class ReplayLog:
         files.append_lines(self.path, "".join(self._waiting), durable=durable)
         self._waiting = []
 
-    def _begin(self, header: dict[str, Any], looked: Mapping[str, Tensor]) -> None:
+    def _begin(self, header: dict[str, Any]) -> None:
         """Write the header where there is none, or where the log goes on in a process that is not of its kind."""
         records = files.read_records(self.path) if self.path.exists() else []
         headers = [record["header"] for record in records if "header" in record]
         self.num_rounds = sum("round" in record for record in records)
+        for number, record in enumerate(records, 1):
+            self._looked |= set(_looked(self.path, number, record["looked"]) if "looked" in record else ())
         self._rate = next((record["rate"] for record in reversed(records) if "rate" in record), None)
         if not headers or headers[-1] != header:
             self.before = headers[-1] if headers else None
             files.append_record(self.path, {"step": records[-1]["step"] if records else 0, "header": header})
-        if looked and not any("looked" in record for record in records):
-            whole = {name: tensor.contiguous() for name, tensor in looked.items()}
-            files.append_record(self.path, {"step": 0, "looked": base64.b64encode(save(whole)).decode()})
 
 
 def read_log(path: Path) -> Log:
@@ -148,7 +156,7 @@ def read_log(path: Path) -> Log:
         elif 0 not in headers:
             break
         elif "looked" in record:
-            looked = _looked(path, number, record["looked"])
+            looked |= _looked(path, number, record["looked"])
         elif "round" in record:
             rounds.append(_ended(path, number, record))
         elif record["step"] == len(steps) + 1:

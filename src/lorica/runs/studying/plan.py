@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 from collections import Counter
@@ -19,6 +20,7 @@ from lorica.errors import ConfigError, LoricaError
 from lorica.runs.evaluating.asked_tasks import PLACE, folder_of
 from lorica.runs.sources import task_name
 from lorica.runs.training.learning import config_identity
+from lorica.runs.training.warm_start import num_batches, num_forwards
 
 Role = Literal["tuning", "final"]
 Study = CompareConfig | AblateConfig
@@ -198,10 +200,20 @@ def _length(given: Study, tree: Tree) -> Tree:
     if unit != "forwards":
         key = {"steps": "max_steps", "epochs": "num_epochs", "seconds": "max_seconds"}[unit]
         return {key: amount}
-    cost = forwards_per_step(config.check(TrainConfig, {**tree, "max_steps": 1}).resolved())
-    if amount < cost:
-        raise ConfigError(f"max_forwards={amount} is less than one step takes, which is {cost}")
-    return {"max_steps": int(amount) // cost}
+
+    def passes(num_steps: int) -> int:
+        return forwards_of(config.check(TrainConfig, {**tree, "max_steps": num_steps}).resolved(), num_steps)
+
+    if amount < passes(1):
+        raise ConfigError(f"max_forwards={amount} is less than one step takes, which is {passes(1)}")
+    return {"max_steps": bisect.bisect_right(range(1, int(amount) + 1), amount, key=passes)}
+
+
+def forwards_of(cfg: TrainConfig, num_steps: int) -> int:
+    """Forward passes of so many steps by a resolved config, with the warm starts of the rounds that it says."""
+    boosting, boosted = cfg.boosting, cfg.adapter.kind == "xgblora"
+    num_rounds = -(-num_steps // boosting.steps_per_iteration) if boosted and boosting.steps_per_iteration else 1
+    return num_steps * forwards_per_step(cfg) + num_rounds * num_forwards(num_batches(cfg, num_steps))
 
 
 def forwards_per_step(cfg: TrainConfig) -> int:

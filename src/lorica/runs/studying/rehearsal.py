@@ -22,7 +22,7 @@ from lorica.config.contradictions import LOW_RANK
 from lorica.evaluation.probing import check_classes
 from lorica.models import Base, Kind
 from lorica.runs.ready import Ready, chosen, kinds, ready, task_of, train_as_of
-from lorica.runs.studying.plan import Planned, StudyPlan, forwards_per_step, told_of
+from lorica.runs.studying.plan import Planned, StudyPlan, forwards_of, told_of
 from lorica.runs.training import lora
 from lorica.runs.training.first_look import NUM_EXAMPLES, has_classes
 from lorica.runs.training.learning import Rows, num_steps, parted, splits_of
@@ -84,12 +84,11 @@ def _rehearsed(runs: Sequence[Planned], bases: _Held, data: _Held) -> Rehearsed:
         check_classes([row.label for row in rows["train"]], len(stage.task.labels))
     trained_on, _ = parted(cfg, rows["train"])
     steps = num_steps(cfg, len(trained_on)) if cfg.max_seconds is None else None
-    looks = _num_looks(cfg, stage, len(trained_on))
     return Rehearsed(
         cfg=cfg,
         kind=stage.base.kind,
         num_steps=steps,
-        num_forwards=None if steps is None else looks + steps * forwards_per_step(cfg),
+        num_forwards=None if steps is None else _num_forwards(cfg, stage, len(trained_on), steps),
         num_trainable=NUM_TRAINABLE[cfg.adapter.kind](cfg, stage),
         length=max(row.length for row in trained_on),
     )
@@ -117,10 +116,12 @@ def _base(model: ModelConfig, kind: Kind, num_labels: int) -> Base:
     return models.with_tokenizer(outline, **source)
 
 
-def _num_looks(cfg: TrainConfig, stage: Ready, num_rows: int) -> int:
-    """Forward passes that come before the first step."""
-    looks = cfg.adapter.kind in LOW_RANK and lora.init_of(cfg) == "discriminant" and has_classes(cfg, stage.task)
-    return math.ceil(min(num_rows, NUM_EXAMPLES) / cfg.batch_size) if looks else 0
+def _num_forwards(cfg: TrainConfig, stage: Ready, num_rows: int, steps: int) -> int:
+    """Forward passes of a run of so many steps, with those of a first look."""
+    taken = forwards_of(cfg, steps)
+    if cfg.adapter.kind not in LOW_RANK or lora.init_of(cfg) != "discriminant" or not has_classes(cfg, stage.task):
+        return taken
+    return taken + math.ceil(min(num_rows, NUM_EXAMPLES) / cfg.batch_size)
 
 
 def _of_low_rank(cfg: TrainConfig, stage: Ready) -> int:

@@ -18,6 +18,7 @@ from lorica.errors import ConfigError
 from lorica.evaluation.probing import fit_probe
 from lorica.evaluation.scoring import in_eval_mode
 from lorica.runs.training.tuning import RunUnderWay
+from lorica.runs.training.warm_start import FITTED
 from lorica.tasks.base import Task
 from lorica.tasks.batching import Batch
 from lorica.tasks.objectives import scores
@@ -46,7 +47,7 @@ class FirstLook:
     def of(tensors: Mapping[str, Tensor]) -> FirstLook:
         """From what `as_tensors` gave."""
         directions = {key: value.float() for key, value in tensors.items() if key.startswith(DIRECTIONS)}
-        head = {key: value for key, value in tensors.items() if key not in directions}
+        head = {key: value for key, value in tensors.items() if not key.startswith((DIRECTIONS, FITTED))}
         return FirstLook({key.removeprefix(DIRECTIONS): value for key, value in directions.items()}, head)
 
 

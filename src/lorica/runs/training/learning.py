@@ -176,7 +176,7 @@ class Learning:
         if self.cfg.trainer != "zo" or not self.processes.is_first:
             yield None
             return
-        with ReplayLog(run.replay, self.header(), self.looked) as log:
+        with ReplayLog(run.replay, self.header()) as log:
             for each in differing(log.before or {}, asdict(self.header())) if log.before else []:
                 self.say.print(f"warning: the steps before were taken with another {each}: {NO_REPLAY}", soft_wrap=True)
             yield log

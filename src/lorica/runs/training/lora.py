@@ -21,6 +21,7 @@ from lorica.runs.ready import Ready
 from lorica.runs.training.first_look import FirstLook, first_look
 from lorica.runs.training.linear_probe import heads_with
 from lorica.runs.training.tuning import RunUnderWay
+from lorica.runs.training.warm_start import num_batches, warm_started
 from lorica.tasks.objectives import scores
 from lorica.training.ledger import Entry
 from lorica.training.stretch import INTERRUPTED, TrainStretch, Undivided
@@ -51,7 +52,8 @@ class Lora:
     def train(self, run: RunFolder, train_stretch: TrainStretch) -> AdapterOutcome | None:
         cfg = self.learning.cfg
         count_look(self.learning, self.look)
-        self.live = injection.inject(self.learning.ready.base.model, self.first, cfg.adapter.dropout)
+        start = warm_started(self.learning, self.first)
+        self.live = injection.inject(self.learning.ready.base.model, start, cfg.adapter.dropout)
         self.live.train_only(factors(cfg))
         return None if train_stretch(Undivided(self.live)) == INTERRUPTED else self.as_it_stands()
 
@@ -188,6 +190,12 @@ def told(learning: RunUnderWay, first: Adapter) -> list[str]:
         f"modules; {count:,} parameters trainable, {count / total:.2%} of the base's {total:,}"
         + (f"; A stays as drawn ({init_of(cfg)})" if count < first.num_parameters() else "")
     ]
+    batches = num_batches(cfg, learning.num_steps)
+    if batches:
+        lines.append(
+            f"warm start: the last block's A and B fitted to {batches} batches by gradients that end there; "
+            "zo.warm_start_steps=0 goes without"
+        )
     if cfg.trainer == "zo" and cfg.zo.space == "parameter" and scale > 4:
         lines.append(
             f"warning: alpha/rank = {scale:g} under zo: a step in weight space grows with its square, and "

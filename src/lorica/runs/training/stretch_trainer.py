@@ -73,6 +73,8 @@ class StretchTrainer:
     def __call__(self, stretch: Stretch) -> str:
         learning, cfg = self.learning, self.learning.cfg
         self.note_rounds()
+        if self.log is not None:
+            self.log.look(learning.progress.step, learning.looked)
         learning.ready.base.model.train(cfg.base_dropout)
         stretch.live.set_training(cfg.trainer == "backprop")
         trainable = stretch.live.trainable()

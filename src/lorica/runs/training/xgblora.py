@@ -19,6 +19,7 @@ from lorica.runs.training import lora
 from lorica.runs.training.first_look import FirstLook
 from lorica.runs.training.lora import AdapterOutcome
 from lorica.runs.training.tuning import RunUnderWay
+from lorica.runs.training.warm_start import warm_started
 from lorica.tasks.objectives import losses
 from lorica.training.boosting import Foundation, Judge, Probe, Round, boost
 from lorica.training.ledger import Entry, Ledger
@@ -68,7 +69,7 @@ class XGBLora:
             foundation,
             self.ledger,
             rule=self.rule(),
-            new_booster=self.new_booster,
+            new_booster=lambda number: warm_started(learning, self.new_booster(number), number),
             train_round=train_round,
             num_steps=learning.num_steps,
             num_seconds=learning.num_seconds,
