@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lorica.adapters import branches, peft_format
 from lorica.config import TrainConfig
 from lorica.demo import language
 from lorica.errors import ConfigError
+from lorica.models import Kind
 from lorica.runs import Trained
 from lorica.runs.ready import prepare
 from lorica.runs.training import warm_start
@@ -38,10 +40,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, *words: str, rate: float = 0.0) -> tuple[Trained, str]:
+def train(folder: Path, *words: str, rate: float = 0.0, model: str = "demo") -> tuple[Trained, str]:
     said = io.StringIO()
     cfg = config.read(
-        TrainConfig, ["model=demo", "trainer=zo", f"learning_rate={rate}", *SMALL, *words, f"output_dir={folder}"]
+        TrainConfig, [f"model={model}", "trainer=zo", f"learning_rate={rate}", *SMALL, *words, f"output_dir={folder}"]
     )
     return runs.train(cfg, Console(file=said, soft_wrap=True)), said.getvalue()
 
@@ -52,8 +54,8 @@ def factors(found: Trained) -> dict[str, torch.Tensor]:
     return {f"{path}.{name}": getattr(update, name) for path, update in updates.items() for name in "AB"}
 
 
-def in_last_block(names: list[str]) -> set[str]:
-    base = models.load("demo", kind="causal")
+def in_last_block(names: list[str], model: str = "demo", kind: Kind = "causal") -> set[str]:
+    base = models.load(model, kind=kind)
     paths = branches.of_last_block(base.model, sorted({name[:-2] for name in names}))
     assert paths and len(paths) < len(names) // 2
     return {f"{path}.{name}" for path in paths for name in "AB"}
@@ -72,6 +74,26 @@ def test_the_last_block_alone_is_fitted_and_every_pass_is_counted(data: Path, tm
     assert step["tokens"] > bare["tokens"]
     assert with_it.evaluation.loss < without.evaluation.loss - 0.02
     assert "left out" not in said
+
+
+@pytest.mark.parametrize(("family", "kind"), [("bert", "classification"), ("gpt2", "causal"), ("t5", "seq2seq")])
+def test_every_family_has_a_last_block(
+    family: str, kind: Kind, tiny_models: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    model = str(tiny_models(family, kind))
+    words = (
+        f"task.path={data / 'sentiment'}",
+        "max_steps=1",
+        "adapter.rank=2",
+        "adapter.init=kaiming",
+        f"model.kind={kind}",
+    )
+    found, drawn = (
+        factors(train(tmp_path / f"{count}", *words, f"zo.warm_start_steps={count}", model=model)[0])
+        for count in (4 * NUM_BATCHES, 0)
+    )
+    changed = {name for name in found if not torch.equal(found[name], drawn[name])}
+    assert changed == in_last_block(list(found), model, kind)
 
 
 def test_the_fit_is_adamw_on_the_last_block(data: Path) -> None:
@@ -98,7 +120,7 @@ def test_the_fit_is_adamw_on_the_last_block(data: Path) -> None:
         optimizer.param_groups[0]["lr"] = warm_start.LEARNING_RATE * (1 - step / 6)
         made = collate([learning.rows["train"][index] for index in batch])
         optimizer.zero_grad()
-        F.cross_entropy(scores(model, made), made.labels).backward()
+        F.cross_entropy(scores(model, made), made.labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     for name in last:
         path, factor = name[:-2], name[-1]

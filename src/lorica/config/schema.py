@@ -199,7 +199,7 @@ class TrainConfig(Section):
     boosting: BoostingConfig = BoostingConfig()
     prefix: PrefixConfig = PrefixConfig()
     trainer: Literal["backprop", "zo", "none"] = Field(
-        "backprop", description="zo: forward passes alone, see the keys zo.*; none: the base as it is, in context"
+        "backprop", description="zo: by forward passes, see the keys zo.*; none: the base as it is, in context"
     )
     zo: ZerothOrderConfig = ZerothOrderConfig()
     train_as: Literal["auto", "classification", "lm"] = Field(

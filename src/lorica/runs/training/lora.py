@@ -21,7 +21,7 @@ from lorica.runs.ready import Ready
 from lorica.runs.training.first_look import FirstLook, first_look
 from lorica.runs.training.linear_probe import heads_with
 from lorica.runs.training.tuning import RunUnderWay
-from lorica.runs.training.warm_start import num_batches, warm_started
+from lorica.runs.training.warm_start import planned, warm_started
 from lorica.tasks.objectives import scores
 from lorica.training.ledger import Entry
 from lorica.training.stretch import INTERRUPTED, TrainStretch, Undivided
@@ -190,7 +190,7 @@ def told(learning: RunUnderWay, first: Adapter) -> list[str]:
         f"modules; {count:,} parameters trainable, {count / total:.2%} of the base's {total:,}"
         + (f"; A stays as drawn ({init_of(cfg)})" if count < first.num_parameters() else "")
     ]
-    batches = num_batches(cfg, learning.num_steps)
+    batches = planned(learning, first)
     if batches:
         lines.append(
             f"warm start: the last block's A and B fitted to {batches} batches by gradients that end there; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from lorica.tasks.objectives import LossModule
 from lorica.training.fit import Progress, fit
 
 MOST_BATCHES, FEWEST_BATCHES = 200, 4  # unless a number is asked for
-LARGEST_SHARE = 0.1  # of the forward passes of the run's steps, that a warm start may cost
+LARGEST_SHARE = 0.1  # of the forward passes of the run's steps, or of its time, that a warm start may take
 PASSES = 2  # that a batch counts as: one forward, and a backward through the last block and what comes behind it
 LEARNING_RATE = 5e-3  # at first; it falls to zero
 
@@ -54,6 +54,12 @@ def num_forwards(count: int) -> int:
     return PASSES * count + num_compared(count)
 
 
+def planned(learning: RunUnderWay, new: Adapter) -> int:
+    """How many batches a round that trains `new` begins with: none where nothing of it lies in the last block."""
+    count = num_batches(learning.cfg, learning.num_steps)
+    return count if count and (new.heads or _paths(learning, new)) else 0
+
+
 def warm_started(learning: RunUnderWay, new: Adapter, number: int = 0) -> Adapter:
     """`new`, which round `number` is about to train, with both factors in the last block, and the heads, fitted.
 
@@ -61,19 +67,23 @@ def warm_started(learning: RunUnderWay, new: Adapter, number: int = 0) -> Adapte
     not lower the loss of its batches is left out. The passes are counted, and `looked` has what was fitted; a run that
     is taken again by its log takes it from there.
     """
-    count, own = num_batches(learning.cfg, learning.num_steps), f"{FITTED}{number}: "
-    paths = branches.of_last_block(learning.ready.base.model, list(new.updates))
-    if learning.decided is None and count and (paths or new.heads):
-        found = learning.processes.of_first(_fitted(learning, new, paths, count, number))
+    count, own = planned(learning, new), f"{FITTED}{number}: "
+    if learning.decided is None and count:
+        found = learning.processes.of_first(_fitted(learning, new, count, number))
         learning.looked = {**learning.looked, **{f"{own}{name}": value for name, value in found.items()}}
-    return _with(new, {name.removeprefix(own): value for name, value in learning.looked.items() if own in name})
+    looked = learning.looked.items()
+    return _with(new, {name.removeprefix(own): value for name, value in looked if name.startswith(own)})
 
 
-def _fitted(learning: RunUnderWay, new: Adapter, paths: Sequence[str], count: int, number: int) -> dict[str, Tensor]:
+def _paths(learning: RunUnderWay, new: Adapter) -> list[str]:
+    return branches.of_last_block(learning.ready.base.model, list(new.updates))
+
+
+def _fitted(learning: RunUnderWay, new: Adapter, count: int, number: int) -> dict[str, Tensor]:
     """Name -> bfloat16 value of what was fitted to the round's next batches; nothing if that was in vain."""
     model, losses, progress = learning.ready.base.model, list[float](), Progress()
     objective, last = LossModule(model, learning.train_as), deque[Batch](maxlen=num_compared(count))
-    live = injection.inject(model, new)
+    paths, live = _paths(learning, new), injection.inject(model, new)
     trainable = _only(live, paths)
     try:
         with in_eval_mode(model):
@@ -85,6 +95,7 @@ def _fitted(learning: RunUnderWay, new: Adapter, paths: Sequence[str], count: in
                 optimizer=update_rule("adamw", trainable.values(), learning_rate=LEARNING_RATE),
                 learning_rate=lambda step: LEARNING_RATE * (1 - step / count),
                 num_steps=count,
+                num_seconds=LARGEST_SHARE * learning.num_seconds,
                 progress=progress,
                 on_step=lambda step: losses.append(step.loss),
             )
