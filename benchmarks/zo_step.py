@@ -191,7 +191,7 @@ def _ratio(name: str, values: Sequence[float]) -> Figures:
 
 def _memory(shape: str, dtype: str, batch_size: int, length: int, device: str) -> Figures:
     found: Figures = {}
-    for what in ("step", "full_step", "inference"):
+    for what in ("step", "full_step", "warm_start", "inference"):
         words = [what, shape, dtype, str(batch_size), str(length), device]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, str(PIECES), *words], capture_output=True, text=True, env=environment)

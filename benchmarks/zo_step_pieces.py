@@ -1,6 +1,6 @@
 """The pieces of zo_step.py: random OPTs of the sizes compared, the MeZO step as its reference, and our step.
 
-    python benchmarks/zo_step_pieces.py {inference | step | full_step} SHAPE DTYPE BATCH LENGTH DEVICE
+    python benchmarks/zo_step_pieces.py {inference | step | full_step | warm_start} SHAPE DTYPE BATCH LENGTH DEVICE
 
 prints the peak of memory above the loaded model.
 """
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorica.adapters import injection
+from lorica.adapters.branches import of_last_block
 from lorica.adapters.injection import Live
-from lorica.optim.backprop import Estimator
+from lorica.optim.backprop import Estimator, backprop
 from lorica.optim.directions import Directions
 from lorica.optim.probes import Probing
 from lorica.optim.streamed import StreamedDescent, StreamedZerothOrder
@@ -200,6 +201,18 @@ class Ours:
         return self.probing.losses(self.objective, self.trainable, [batch.ours()], offsets).tolist()
 
 
+class WarmStart(Ours):
+    """A step of a warm start: the factors of the last block by gradients that end there."""
+
+    def __post_init__(self) -> None:
+        last = of_last_block(self.live.model, list(self.live.layers))
+        for path, layer in self.live.layers.items():
+            layer.requires_grad_(path in last)
+        super().__post_init__()
+        self.estimator = backprop
+        self.optimizer = update_rule("adamw", self.trainable.values(), learning_rate=RATE)
+
+
 @dataclass
 class Whole:
     """Our step of a whole model, without adapters: every parameter is probed and moved."""
@@ -245,7 +258,8 @@ def body(model: Any, batch: Prompts) -> Callable[[], Any]:
 def memory(what: str, shape: str, dtype: str, batch_size: int, length: int, device: str) -> dict[str, float]:
     """MiB of the model's parameters, and above the loaded model at the peak of our steps or of scoring the batch."""
     model = random_opt(shape, dtype, device)
-    ours = Whole(model) if what == "full_step" else Ours(with_adapters(model)[0])
+    kinds = {"step": Ours, "warm_start": WarmStart, "inference": Ours}
+    ours = Whole(model) if what == "full_step" else kinds[what](with_adapters(model)[0])
     batch = prompts(batch_size, length, device)
 
     def work() -> None:
