@@ -121,7 +121,7 @@ def _zo_compile(record: Record) -> str:
 def _zo_defaults(record: Record) -> str:
     rows = [
         (
-            f"{row['model']}, {row['task']}",
+            f"{row['model']}, {row['task']}, {len(record['seeds'])} seed(s)",
             f"{row['target']:.4f}",
             *(_needed(row["needed"][arm], record["forwards"]) for arm in ("lorica", "xgblora", "probes", "backprop")),
             *(f"{row['curves'][arm][-1]['loss']:.4f}" for arm in ("lorica", "xgblora", "probes", "backprop")),

@@ -92,6 +92,7 @@ def main() -> None:
     record = {
         "what": "dev loss by forward passes: our zeroth-order defaults against MeZO's LoRA",
         "forwards": FORWARDS,
+        "seeds": arguments.seeds,
         "rows": [_row(*cell, best[cell], arguments) for cell in cells],
         "origin": results.origin(first, "cpu"),
     }
