@@ -8,14 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 import lorica.config.contradictions as contradictions
+import lorica.config.defaults as defaults
 from lorica.config.contradictions import LOW_RANK, refuse_set
 from lorica.config.flags import Flag
-
-DEFAULT_RATES = {"lora": (1e-3, 1e-4), "full": (5e-5, 1e-6), "prefix": (1e-3, 1e-3)}  # by backprop, under zo
-MOST_STEPS = 1_000_000  # of a run whose length is a time
-RATE_OF_SEVERAL = 1e-3  # under zo, where the mean of several one-sided directions is taken
-NUM_BOOSTERS = 8  # of a boosted run whose rounds begin with a warm start
-RATE_AFTER_WARM_START = 3e-4  # the same, from where a larger one would lead away again
 
 
 class Section(BaseModel):
@@ -336,82 +331,8 @@ class TrainConfig(Section):
 
     def resolved(self) -> TrainConfig:
         """The same config with every default that depends on another key filled in."""
-        kind = self.adapter.kind
-        if self.trainer == "none":
-            return self
-        if kind == "linear_probe":
-            return self.model_copy(
-                update={"max_steps": 0, "task": self.task.model_copy(update={"kind": "classification"})}
-            )
-        zeroth_order = self.trainer == "zo"
-        rate = DEFAULT_RATES.get(kind, DEFAULT_RATES["lora"])[zeroth_order]
-        if zeroth_order and kind in LOW_RANK and self._estimator() == "one_sided":
-            rate = RATE_AFTER_WARM_START if self.warm_starts() else RATE_OF_SEVERAL
-        steps = self.max_steps
-        if steps is None and self.num_epochs is None:
-            steps = 1000 if self.max_seconds is None else MOST_STEPS
-        constant = zeroth_order or self.max_seconds is not None
-        return self.model_copy(
-            update={
-                "optimizer": self.optimizer or ("sgd" if zeroth_order else "adamw"),
-                "schedule": self.schedule or ("constant" if constant else "linear"),
-                "learning_rate": rate if self.learning_rate is None else self.learning_rate,
-                "stratified": zeroth_order if self.stratified is None else self.stratified,
-                "max_steps": steps,
-                **(self._low_rank_sections() if kind in LOW_RANK else {}),
-                **(self._zeroth_order_sections(steps) if zeroth_order else {}),
-                **(self._prefix_section() if kind == "prefix" else {}),
-            }
-        )
+        return self.model_copy(update=defaults.of_run(self))
 
     def warm_starts(self) -> bool:
-        """Whether a run begins with its last block fitted. Where that is left open: if A's start is too, and the loss
-        is trained for, by B alone and in its own units, on a base that has gradients.
-        """
-        if self.trainer != "zo" or self.adapter.kind not in LOW_RANK or self.zo.warm_start_steps is not None:
-            return bool(self.zo.warm_start_steps)
-        of_B = self._factors_of_zeroth_order() == "B" and self.zo.space == "parameter" and not self.boosting.orthogonal
-        has_gradient = self.zo.objective == "loss" and self.model.quantization == "none"
-        return self.adapter.init == "auto" and of_B and has_gradient
-
-    def _low_rank_sections(self) -> dict[str, Any]:
-        boosted = self.adapter.kind == "xgblora"
-        rank = self.adapter.rank or (1 if boosted else 8)
-        alpha = self.adapter.alpha or (1.0 if boosted and self.trainer != "zo" else 2.0) * rank
-        return {"adapter": self.adapter.model_copy(update={"rank": rank, "alpha": alpha})}
-
-    def _zeroth_order_sections(self, num_steps: int | None) -> dict[str, Any]:
-        """With the factors that are trained, of which two sections speak, in agreement."""
-        low_rank, factors, estimator = self.adapter.kind in LOW_RANK, self._factors_of_zeroth_order(), self._estimator()
-        zo = self.zo.model_copy(
-            update={
-                "estimator": estimator,
-                "num_directions": self.zo.num_directions or (8 if estimator == "one_sided" else 1),
-                "distribution": self.zo.distribution or ("rademacher" if self.adapter.kind == "full" else "gaussian"),
-            }
-        )
-        if not low_rank:
-            return {"zo": zo}
-        rounds = {"train_factors": factors, "steps_per_iteration": self._steps_of_a_round(num_steps)}
-        boosting = self.boosting.model_copy(update=rounds) if self.adapter.kind == "xgblora" else self.boosting
-        return {"zo": zo.model_copy(update={"train": factors}), "boosting": boosting}
-
-    def _steps_of_a_round(self, num_steps: int | None) -> int | None:
-        """Under warm starts, where no rule is asked for, as many boosters as an adapter usually has ranks."""
-        boosting = self.boosting
-        asked = boosting.model_fields_set & {"steps_per_iteration", "use_adaptive_merge", "merge_frequency"}
-        if asked or not num_steps or self.max_seconds is not None or not self.warm_starts():
-            return boosting.steps_per_iteration
-        return -(-num_steps // NUM_BOOSTERS)
-
-    def _estimator(self) -> Literal["spsa", "one_sided", "forward_gradient"]:
-        by_B = self.adapter.kind in LOW_RANK and self._factors_of_zeroth_order() == "B"
-        return self.zo.estimator or ("one_sided" if by_B else "spsa")
-
-    def _factors_of_zeroth_order(self) -> Literal["both", "B"]:
-        asked = self.boosting.train_factors if "train_factors" in self.boosting.model_fields_set else "B"
-        return asked if self.zo.train == "auto" else self.zo.train
-
-    def _prefix_section(self) -> dict[str, Any]:
-        by_network = self.trainer == "backprop" if self.prefix.reparameterize is None else self.prefix.reparameterize
-        return {"prefix": self.prefix.model_copy(update={"reparameterize": by_network})}
+        """Whether a run begins with its last block fitted."""
+        return defaults.warm_starts(self)
