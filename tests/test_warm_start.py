@@ -76,6 +76,14 @@ def test_the_last_block_alone_is_fitted_and_every_pass_is_counted(data: Path, tm
     assert "left out" not in said
 
 
+def test_targets_outside_the_last_block_have_none_and_it_is_said(data: Path, tmp_path: Path) -> None:
+    words = (f"task.path={data / 'topic'}", "max_steps=1", r"adapter.targets=.*layers\.0\..*q_proj")
+    found, said = train(tmp_path / "run", *words, "zo.warm_start_steps=4")
+    assert "warning: no target lies in the last block, so there is no warm start" in said
+    (step,) = files.read_records(found.run.training_loss)
+    assert step["forwards"] == LOOKED_AT + 8
+
+
 @pytest.mark.parametrize(("family", "kind"), [("bert", "classification"), ("gpt2", "causal"), ("t5", "seq2seq")])
 def test_every_family_has_a_last_block(
     family: str, kind: Kind, tiny_models: Callable[..., Path], data: Path, tmp_path: Path

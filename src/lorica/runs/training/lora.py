@@ -21,7 +21,7 @@ from lorica.runs.ready import Ready
 from lorica.runs.training.first_look import FirstLook, first_look
 from lorica.runs.training.linear_probe import heads_with
 from lorica.runs.training.tuning import RunUnderWay
-from lorica.runs.training.warm_start import planned, warm_started
+from lorica.runs.training.warm_start import num_batches, planned, warm_started
 from lorica.tasks.objectives import scores
 from lorica.training.ledger import Entry
 from lorica.training.stretch import INTERRUPTED, TrainStretch, Undivided
@@ -196,6 +196,8 @@ def told(learning: RunUnderWay, first: Adapter) -> list[str]:
             f"warm start: the last block's A and B fitted to {batches} batches by gradients that end there; "
             "zo.warm_start_steps=0 goes without"
         )
+    elif num_batches(cfg, learning.num_steps):
+        lines.append("warning: no target lies in the last block, so there is no warm start: choose one, or drop it")
     if cfg.trainer == "zo" and cfg.zo.space == "parameter" and scale > 4:
         lines.append(
             f"warning: alpha/rank = {scale:g} under zo: a step in weight space grows with its square, and "
