@@ -91,6 +91,30 @@ def test_a_loss_that_rises_far_is_told_once(losses: NDArray[np.float64]) -> None
     assert all(part in told[0] for part in ("risen", "diverges", "learning_rate", "adapter.alpha"))
 
 
+def test_a_loss_that_rises_again_is_told_though_it_is_below_the_first() -> None:
+    falls, rises = np.linspace(4.0, 0.5, 200), np.linspace(0.5, 3.0, 200)
+    told = warnings(LossMeter(), np.concatenate([falls, rises]) + 0.2 * noise(400))
+    assert len(told) == 1
+    assert all(part in told[0] for part in ("at its lowest", "diverges", "a lower learning_rate"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_has_converged_is_not_told_that_it_rises(seed: int) -> None:
+    losses = 0.02 + 1.5 * np.exp(-np.arange(3000) / 100) + np.abs(0.1 * noise(3000, seed))
+    (told,) = warnings(LossMeter(), losses)
+    assert "no fall" in told and "a larger zo.num_directions" in told
+
+
+def test_a_slow_rise_is_no_failure_to_learn() -> None:
+    """To be told of a larger learning_rate would be the worst advice."""
+    losses = 1.0 + np.linspace(0, 0.2, 600) + 0.1 * noise(600)
+    told = warnings(LossMeter(), losses)
+    assert len(told) == 1
+    assert all(part in told[0] for part in ("rises over the last 500 steps", "t = ", "a lower learning_rate"))
+    (unsure,) = warnings(LossMeter(), 1.0 + np.linspace(0, 0.05, 500) + 0.1 * noise(500))
+    assert "no fall" in unsure and "a lower learning_rate" in unsure
+
+
 def test_what_is_not_finite_is_passed_over() -> None:
     meter, losses = LossMeter(), 0.7 + 0.1 * noise(600)
     with_holes = [value for loss in losses for value in (math.nan, float(loss), math.inf)]
@@ -101,9 +125,11 @@ def test_what_is_not_finite_is_passed_over() -> None:
 @pytest.mark.parametrize("kept_after", [2, 499, 700])
 def test_a_meter_goes_on_where_its_state_was_kept(kept_after: int) -> None:
     losses, unbroken, first, second = 0.7 + 0.1 * noise(1100), LossMeter(), LossMeter(), LossMeter()
+    losses[60:120] -= 0.1  # the lowest mean is one from before a kept state
     expected = [(unbroken.after(float(loss)), unbroken.trend.t()) for loss in losses]
     for loss in losses[:kept_after]:
         first.after(float(loss))
     second.restore(json.loads(json.dumps(first.state())))
     found = [(second.after(float(loss)), second.trend.t()) for loss in losses[kept_after:]]
     assert found == expected[kept_after:]
+    assert second == unbroken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,15 +15,16 @@ from torch.nn import functional as F
 
 import tiny
 from lorica import models
-from lorica.adapters import injection
+from lorica.adapters import branches, injection
 from lorica.adapters.adapter import Adapter
-from lorica.adapters.branches import can_branch, can_share
+from lorica.adapters.branches import blocks_of, can_branch, can_share, unchanged_once
 from lorica.adapters.delta import LowRank
 from lorica.adapters.injection import Live
 from lorica.errors import ConfigError
 from lorica.models import Base
 from lorica.optim import probes
 from lorica.optim.probes import Probing
+from lorica.optim.slopes import Flat
 from lorica.tasks import batching
 from lorica.tasks.batching import Batch, ChoiceBatch, HeadBatch, mapped
 from lorica.tasks.objectives import LossModule, RepeatAt, TrainAs, decisive_scores, scores
@@ -35,6 +37,12 @@ CASES = [
 ]
 # The others' decoder meets the encoder's rows, or they pick a token of each row that went in, behind their blocks.
 LATE = [case for case in CASES if case[1] is None and case[0] not in ("t5", "bart")]
+
+
+@pytest.fixture(autouse=True)
+def much_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model's parameters are few beside a batch's hidden states."""
+    monkeypatch.setattr(branches, "KEPT_SHARE", 0.5)
 
 
 @dataclass(frozen=True)
@@ -170,15 +178,19 @@ def test_answers_of_several_tokens_take_branches(load: Load, family: str, train_
 @pytest.mark.parametrize("num_branches", [2, 3])
 @pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
 def test_options_that_go_on_from_one_prompt_take_branches(load: Load, family: str, num_branches: int) -> None:
-    ready = setup(load(family))
-    inputs = {name: rows[:3] for name, rows in ready.batch.inputs.items()}  # three prompts, two or three options each
-    targets = torch.tensor([[5, 6, 7], [8, -100, -100], [6, 9, -100]]).repeat(3, 1)[: 3 * num_branches]
-    inputs |= {"continuation_ids": targets[:, :-1].clamp(min=1), "continuation_mask": (targets[:, :-1] != -100).long()}
-    ready = replace(ready, batch=ChoiceBatch(inputs, targets, torch.tensor([0, 1, 1]), num_branches, one_token=False))
+    ready = with_continuations(setup(load(family)), num_branches)
     probing = Probing(max_branches=num_branches)
     found = ready.losses(probing)
     assert probing.repeat_at == "blocks"
     torch.testing.assert_close(found, ready.losses(Probing(max_branches=1)), rtol=1e-5, atol=1e-5)
+
+
+def with_continuations(ready: Setup, num_options: int) -> Setup:
+    """Three prompts, and options of several tokens that go on from what the model keeps of them."""
+    inputs = {name: rows[:3] for name, rows in ready.batch.inputs.items()}
+    targets = torch.tensor([[5, 6, 7], [8, -100, -100], [6, 9, -100]]).repeat(3, 1)[: 3 * num_options]
+    inputs |= {"continuation_ids": targets[:, :-1].clamp(min=1), "continuation_mask": (targets[:, :-1] != -100).long()}
+    return replace(ready, batch=ChoiceBatch(inputs, targets, torch.tensor([0, 1, 1]), num_options, one_token=False))
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
@@ -231,6 +243,89 @@ def test_a_decoder_with_adapters_shares_its_encoder(load: Load) -> None:
     assert probing.repeat_at == "blocks"
     assert set(encoder) == {NUM_ROWS}
     torch.testing.assert_close(found, ready.losses(Probing(max_branches=1)), rtol=1e-5, atol=1e-5)
+
+
+LAST_BLOCK = {
+    "opt": r"layers\.1\.",
+    "llama": r"layers\.1\.",
+    "gpt2": r"h\.1\.",
+    "bert": r"layer\.1\.",
+    "t5": r"decoder\.block\.1\.",
+}
+
+
+def counted(ready: Setup, names: Sequence[str]) -> Counter[str]:
+    """How often the modules of these names run, from here on."""
+    runs: Counter[str] = Counter()
+    for name in names:
+        module, forward = ready.model.get_submodule(name), ready.model.get_submodule(name).forward
+
+        def run(*given: Any, name: str = name, forward: Any = forward, **options: Any) -> Any:
+            runs[name] += 1
+            return forward(*given, **options)
+
+        module.forward = run
+    return runs
+
+
+def blocks(ready: Setup) -> list[str]:
+    return [name for name, module in ready.model.named_modules() if module in blocks_of(ready.model)]
+
+
+@pytest.mark.parametrize("num_branches", [1, 2])
+@pytest.mark.parametrize("family", list(LAST_BLOCK))
+def test_what_lies_below_runs_once_however_many_passes_there_are(load: Load, family: str, num_branches: int) -> None:
+    ready = setup(load(family), targets=rf".*{LAST_BLOCK[family]}.*(q|v|query|value|q_proj|v_proj|c_attn)")
+    probing, offsets = Probing(num_branches, repeat_at="blocks"), ready.offsets()
+    apart = [ready.losses(probing, each) for each in offsets.split(num_branches)]
+    runs = counted(ready, blocks(ready))
+    assert torch.equal(ready.losses(probing, offsets), torch.cat(apart)), "not the same bits"
+    num_passes = -(-NUM_POINTS // num_branches)
+    assert list(runs.values()) == [*[1] * (len(runs) - 1), num_passes]
+    assert all("forward" in vars(ready.model.get_submodule(name)) for name in runs), "what ran a block before is gone"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own
+def test_slopes_along_directions_share_what_lies_below(load: Load) -> None:
+    ready = setup(load("llama"), targets=r".*layers\.1\..*q_proj")
+    flat = Flat(ready.objective, ready.trainable, [ready.batch], Probing(), ready.offsets())
+    expected = [replace(flat, moves=move).along()[0] for move in flat.moves.split(1)]
+    runs = counted(ready, blocks(ready))
+    assert flat.along() == expected
+    assert list(runs.values()) == [1, NUM_POINTS]
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_a_cache_is_filled_by_every_pass(load: Load, family: str) -> None:
+    ready = setup(load(family), targets=rf".*{LAST_BLOCK[family]}.*[qv]_proj")
+    with torch.no_grad(), unchanged_once(ready.model, list(ready.trainable)):
+        found = [ready.model(**ready.batch.inputs, use_cache=True).past_key_values for _ in range(2)]
+    assert torch.equal(found[0].layers[0].keys, found[1].layers[0].keys)
+    ready = with_continuations(ready, 2)
+    apart = [ready.losses(Probing(1), each) for each in ready.offsets().split(1)]
+    assert torch.equal(ready.losses(Probing(1)), torch.cat(apart))
+
+
+def test_what_is_kept_of_the_blocks_below_has_a_limit(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = setup(load("llama"), targets=r".*layers\.1\..*q_proj")
+    expected = ready.losses(Probing(1))
+    size = tiny.WIDTH * ready.batch.inputs["input_ids"].numel() * 4  # bytes of hidden states: into a block, out of it
+    total = sum(parameter.nbytes for parameter in ready.model.parameters())
+    for share, times in ((2.1 * size / total, 1), (1.9 * size / total, NUM_POINTS)):
+        monkeypatch.setattr(branches, "KEPT_SHARE", share)
+        runs = counted(ready, blocks(ready))
+        assert torch.equal(ready.losses(Probing(1)), expected)
+        assert list(runs.values()) == [times, NUM_POINTS]
+
+
+def test_what_was_kept_and_written_since_is_made_anew(load: Load) -> None:
+    """A block that adds to its hidden states in place writes into what the block below it gave."""
+    ready = setup(load("llama"), targets=r".*layers\.1\..*q_proj")
+    last = ready.model.model.layers[1]
+    forward = last.forward
+    last.forward = lambda hidden, *given, **options: forward(hidden.add_(1.0), *given, **options)
+    apart = [ready.losses(Probing(1), each) for each in ready.offsets().split(1)]
+    assert torch.equal(ready.losses(Probing(1)), torch.cat(apart))
 
 
 @pytest.mark.parametrize("family", ["opt", "llama", "t5"])
@@ -322,6 +417,32 @@ def test_a_pass_takes_no_more_tokens_than_the_cap(load: Load, monkeypatch: pytes
     monkeypatch.setattr(batching, "MAX_TOKENS", {"cpu": 2 * 28})
     ready.losses(probing)
     assert list(probing.chosen.values()) == [2]
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_what_memory_does_not_suffice_for_is_taken_in_halves(
+    load: Load, monkeypatch: pytest.MonkeyPatch, timed: bool
+) -> None:
+    ready, probing, asked, room = setup(load("opt")), Probing(timed=timed, repeat_at="blocks"), list[int](), 2
+    monkeypatch.setattr(probes, "_fastest", lambda of, points, most, repeat_at: most)
+    original = LossModule.losses_at
+
+    def losses_at(self: LossModule, parameters: Any, batch: Batch, **options: Any) -> Tensor:
+        asked.append(len(next(iter(parameters.values()))))
+        if asked[-1] > room:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(self, parameters, batch, **options)
+
+    monkeypatch.setattr(LossModule, "losses_at", losses_at)
+    found = [ready.losses(probing), ready.losses(probing)]
+    assert asked == [NUM_POINTS, 2, 2, 2, 2], "the second time it is known"
+    assert probing.state()["chosen"] == {"5 candidates, up to 31 tokens": 2}
+    assert all(torch.equal(each, ready.losses(Probing(2, repeat_at="blocks"))) for each in found)
+    with pytest.raises(torch.OutOfMemoryError):
+        ready.losses(Probing(4, repeat_at="blocks"))  # as many as were asked for, or none
+    room = 0
+    assert torch.isfinite(ready.losses(probing)).all()
+    assert probing.chosen == {"5 candidates, up to 31 tokens": 1}
 
 
 def test_a_restored_state_is_not_measured_again(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,9 @@ from lorica.errors import ModelError
 from lorica.models import Base
 from lorica.optim import streamed
 from lorica.optim.directions import Directions, Distribution
+from lorica.optim.probes import Probe
 from lorica.optim.scaling import Scaling
-from lorica.optim.slopes import Probe, SlopesName
+from lorica.optim.slopes import SlopesName
 from lorica.optim.streamed import Moved, Streamed, StreamedDescent, StreamedZerothOrder
 from lorica.planning import peak_bytes
 from lorica.processes import ALONE

@@ -17,7 +17,7 @@ from lorica.errors import ModelError
 from lorica.models import Base
 from lorica.optim.backprop import Estimator, backprop
 from lorica.optim.directions import Directions, Distribution, sliced
-from lorica.optim.probes import Probing
+from lorica.optim.probes import Probe, Probing
 from lorica.optim.slopes import SlopesName
 from lorica.optim.updates import update_rule
 from lorica.optim.zeroth_order import ZerothOrder
@@ -163,6 +163,7 @@ class Quadratic(LossModule):
 
     def __init__(self, size: int) -> None:
         nn.Module.__init__(self)
+        self.model = nn.Identity()
         self.D = torch.linspace(1, 2, size, dtype=torch.float64)
         self.x = nn.Parameter(torch.ones(size))
 
@@ -171,10 +172,10 @@ class Quadratic(LossModule):
         return {"x": self.x}
 
     def loss_at(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        return 0.5 * (self.D * parameters["x"].double().square()).sum()
+        return 0.5 * (self.D * parameters["x"].double().square()).sum(dim=-1)
 
 
-class OneByOne(Probing):
+class Exactly(Probing):
     """Probes without a model: the quadratic at each point."""
 
     def losses(
@@ -182,15 +183,18 @@ class OneByOne(Probing):
         objective: LossModule,
         trainable: Mapping[str, nn.Parameter],
         batches: Sequence[Batch],
-        offsets: Tensor,
+        moves: Tensor,
+        probes: Sequence[Probe] | None = None,
     ) -> Tensor:
-        points = [{"x": trainable["x"].detach() + offset} for offset in offsets]
-        return torch.stack([objective.loss_at(point, batches[0]) for point in points])
+        assert probes is not None
+        distances = torch.tensor([[probe.distance] for probe in probes])  # (G, 1)
+        points = trainable["x"].detach() + moves[[probe.direction for probe in probes]] * distances  # (G, n)
+        return objective.loss_at({"x": points}, batches[0])
 
 
 def cosines(estimator: SlopesName, num: int, distribution: Distribution, size: int, num_steps: int) -> Tensor:
     quadratic = Quadratic(size)
-    zeroth = ZerothOrder(estimator, 1e-3, Directions(num, distribution), probing=OneByOne())
+    zeroth = ZerothOrder(estimator, 1e-3, Directions(num, distribution), probing=Exactly())
     found = []
     for step in range(num_steps):
         zeroth(quadratic, quadratic.trainable, [NOTHING], step)
@@ -230,7 +234,7 @@ def test_on_a_quadratic_a_forward_gradient_is_the_two_sided_one(distribution: Di
     quadratic = Quadratic(100)
     for step in range(5):
         weights = [
-            ZerothOrder(name, 1e-2, Directions(8, distribution), probing=OneByOne())(
+            ZerothOrder(name, 1e-2, Directions(8, distribution), probing=Exactly())(
                 quadratic, quadratic.trainable, [NOTHING], step
             ).weights
             for name in ("spsa", "forward_gradient")
@@ -245,7 +249,7 @@ def test_the_root_mean_square_cosine_grows_as_the_root_of_the_directions(distrib
     assert ratio == pytest.approx(4.0, rel=0.05)
 
 
-class Bad(OneByOne):
+class Bad(Exactly):
     """Probes whose losses at these places are not finite."""
 
     def __init__(self, bad: Mapping[int, float]) -> None:

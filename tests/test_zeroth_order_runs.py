@@ -61,6 +61,8 @@ def read(*words: str) -> TrainConfig:
         (["zo.epsilon=1e-2"], ["zo.epsilon", "trainer=backprop", "trainer=zo"]),
         (["trainer=spsa", "zo.estimator=one_sided"], ["trainer=spsa", "one_sided", "trainer=zo"]),
         (["trainer=zo", "zo.estimator=one_sided", "zo.num_directions=1"], ["zo.num_directions=2"]),
+        (["trainer=zo", "zo.num_directions=1"], ["zo.num_directions=1", "add zo.estimator=spsa"]),
+        (["trainer=zo", "--xgblora", "zo.num_directions=1"], ["zo.num_directions=1", "add zo.estimator=spsa"]),
         (["trainer=zo", "zo.estimator=forward_gradient", "zo.epsilon=1e-2"], ["zo.epsilon=0.01", "does nothing"]),
         (["trainer=zo", "zo.estimator=forward_gradient", "zo.branches=4"], ["zo.branches=4", "does nothing"]),
         (
@@ -78,7 +80,8 @@ def read(*words: str) -> TrainConfig:
             ["trainer=zo", "--xgblora", "zo.train=B", "boosting.train_factors=both"],
             ["zo.train=B", "boosting.train_factors=both"],
         ),
-        (["trainer=zo", "zo.branches=0"], ["zo.branches"]),
+        (["trainer=zo", "zo.branches=0"], ["zo.branches=0: ", "'auto' or 'timed', or input should be greater than"]),
+        (["adapter.targets=3"], ["adapter.targets=3: ", "valid string, or input should be a valid list"]),
         (["adapter.init=discriminant", "--xgblora", "boosting.orthogonal=true"], ["discriminant", "orthogonal"]),
         (
             ["trainer=zo", "adapter.init=discriminant", "zo.space=update", "learning_rate=1"],
@@ -111,6 +114,12 @@ def test_a_zeroth_order_run_trains_B_unless_told_otherwise(words: list[str], fac
         assert cfg.boosting.train_factors == factors
     (tmp_path / "config.yaml").write_text(config.dump(cfg))
     assert read(str(tmp_path / "config.yaml")) == cfg, "what a run folder keeps reads back the same"
+
+
+@pytest.mark.parametrize("more", ["zo.train=both", "zo.estimator=spsa", "zo.estimator=forward_gradient"])
+def test_one_direction_is_enough_where_it_is_not_one_sided(more: str) -> None:
+    zo = read("trainer=zo", "zo.num_directions=1", more).resolved().zo
+    assert zo.num_directions == 1 and zo.estimator != "one_sided"
 
 
 def test_spsa_is_short_for_zeroth_order_by_spsa() -> None:
@@ -187,6 +196,7 @@ def test_a_diverging_run_is_not_silent(data: Path, tmp_path: Path) -> None:
         "learning_rate=0.3",
         "adapter.targets=all-linear",
         "train_as=lm",
+        "zo.num_directions=3",
     ]
     _, calm = train(*words_for(data, tmp_path / "calm", *more, "adapter.alpha=1"))
     _, said = train(*words_for(data, tmp_path / "wild", *more, "adapter.alpha=16"))

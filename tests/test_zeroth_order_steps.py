@@ -17,12 +17,13 @@ from lorica.adapters.delta import LowRank
 from lorica.adapters.injection import Live
 from lorica.evaluation import metrics
 from lorica.optim.coordinates import update_scales
-from lorica.optim.directions import Directions
+from lorica.optim.directions import Directions, flat_size
 from lorica.optim.probes import Probing
 from lorica.optim.scaling import RMS_BETA, Normalize, Scaling
 from lorica.optim.slopes import SlopesName
 from lorica.optim.updates import RuleName, update_rule
 from lorica.optim.zeroth_order import ZerothOrder
+from lorica.planning import peak_bytes
 from lorica.tasks.batching import HeadBatch
 from lorica.tasks.objectives import LossModule, shortfall
 
@@ -210,3 +211,20 @@ def test_thousands_of_steps_at_rate_zero_change_no_bit(
     assert len(projected) > 0.9 * num_steps, "the probes hardly moved the loss, so that nothing changed says nothing"
     for name, value in live.model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("estimator", ["spsa", "one_sided", "forward_gradient"])
+def test_a_direction_is_held_once(estimator: SlopesName) -> None:
+    """The points along it are made when they are asked for, and dropped."""
+    wide = LowRank(torch.ones(400, WIDTH), torch.zeros(WIDTH, 400), 1.0)  # so that activations are few beside it
+    live = injection.inject(Classifier(), Adapter({"body": wide}))
+    objective, trainable = LossModule(live.model, "classification"), live.trainable()
+
+    def peak(num: int) -> int:
+        zeroth = ZerothOrder(estimator, directions=Directions(num), probing=Probing(1))
+        zeroth(objective, trainable, [given()], 0)
+        return peak_bytes(lambda: zeroth(objective, trainable, [given()], 1))
+
+    one = 4 * flat_size(trainable)
+    assert peak(20) - peak(4) == pytest.approx(16 * one, rel=0.05)
+    assert peak(4) < 9 * one, "four directions, the parameters, a point, the gradients of two steps"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from lorica.adapters.lora import LoraLinear
 from lorica.adapters.prefix import Direct
+
+KEPT_SHARE = 0.05  # of the parameters' bytes, which blocks that run once may keep of what they gave
 
 
 def can_branch(model: nn.Module, names: Sequence[str]) -> bool:
@@ -55,6 +57,23 @@ def branched(model: nn.Module, names: Sequence[str], *, num_branches: int, at_bl
         yield
 
 
+@contextmanager
+def unchanged_once(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Within the block passes over one batch differ by the parameters of these names alone, none in training mode.
+
+    Where the model `can_share`, blocks before the first such parameter run in the first pass, and in the others give
+    what they gave then: the same bits. Not in a pass with a cache, which they have to fill.
+    """
+    with ExitStack() as undo:
+        below = _blocks_before(model, names) if can_share(model, names) else []
+        if below:
+            kept = _Kept(KEPT_SHARE * sum(parameter.nbytes for parameter in model.parameters()))
+        for block in below:
+            undo.callback(_set_forward, block, vars(block).get("forward"))
+            _set_forward(block, partial(kept.run, block, block.forward))
+        yield
+
+
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The members of every stack of the model, in order."""
     return [block for stack in _stacks(model).values() for block in stack]
@@ -86,9 +105,21 @@ def _by_branch(linear: nn.Linear, num_branches: int, x: Tensor) -> Tensor:
 
 def _blocks_from(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     """The blocks of the last stack, from the first that holds one of the parameters on."""
+    blocks, first = _last_stack(model, names)
+    return blocks[first:]
+
+
+def _blocks_before(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The blocks of the other stacks, and of the last one those before the first that holds one of the parameters."""
+    blocks, first = _last_stack(model, names)
+    return blocks_of(model)[: first - len(blocks) or None]
+
+
+def _last_stack(model: nn.Module, names: Sequence[str]) -> tuple[list[nn.Module], int]:
+    """The blocks of the last stack, and the number of the first that holds one of the parameters."""
     path, blocks = list(_stacks(model).items())[-1]
     numbers = [place[1] for name in names if (place := _place(name, {path: blocks})) is not None]
-    return list(blocks)[min(numbers, default=len(blocks)) :]
+    return list(blocks), min(numbers, default=len(blocks))
 
 
 def _place(name: str, stacks: Mapping[str, nn.ModuleList]) -> tuple[str, int] | None:
@@ -135,3 +166,59 @@ class _Repeating:
         if isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.num_rows:
             return value.repeat(self.num_branches, *(1,) * (value.dim() - 1))
         return value
+
+
+@dataclass
+class _Kept:
+    """What blocks gave for the hidden states that they were handed, as far as there is `room` (bytes) for it."""
+
+    room: float
+    outputs: dict[nn.Module, _Output] = field(default_factory=dict)
+
+    def run(self, block: nn.Module, forward: Callable[..., Any], /, *inputs: Any, **options: Any) -> Any:
+        given = (*inputs, *options.values())  # the hidden states first
+        before = self.outputs.get(block)
+        if before is not None and before.is_of(given[0]) and _is_plain(given):
+            return before.value
+        found = forward(*inputs, **options)
+        if _is_plain((*given, found)):
+            self._keep(block, _Output(given[0], found))
+        return found
+
+    def _keep(self, block: nn.Module, output: _Output) -> None:
+        self.outputs.pop(block, None)
+        held = {id(each): each.nbytes for kept in (*self.outputs.values(), output) for each in kept.tensors}
+        if sum(held.values()) <= self.room:
+            self.outputs[block] = output
+
+
+class _Output:
+    """What a block gave, and the hidden states that it was of; of no use from when a tensor of these is written."""
+
+    def __init__(self, hidden: Tensor, value: Any) -> None:
+        self.hidden, self.value = hidden, value
+        found = value if isinstance(value, tuple) else (value,)
+        self.tensors = [each for each in (hidden, *found) if isinstance(each, Tensor)]
+        self.versions = self._versions()
+
+    def is_of(self, hidden: Tensor) -> bool:
+        """Whether the hidden states that a block is handed are those."""
+        return self.versions == self._versions() and (hidden is self.hidden or torch.equal(hidden, self.hidden))
+
+    def _versions(self) -> list[int]:
+        return [tensor._version for tensor in self.tensors]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is tensors and numbers, nested in tuples: nothing that a block could write more into, as a cache."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, Tensor | bool | int | float | str)
+
+
+def _set_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Let a module run by this, or by its class where that is None."""
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward  # type: ignore[method-assign]

@@ -149,6 +149,11 @@ def of_zeroth_order(cfg: TrainConfig) -> list[str]:
             "zo.estimator=one_sided needs zo.num_directions=2 or more: a probe's baseline is the mean of the others",
         ),
         (
+            zo.estimator is None and zo.num_directions == 1 and cfg.adapter.kind in LOW_RANK and factors != "both",
+            "zo.num_directions=1 is two-sided, and where B alone is trained zo.estimator is one_sided, which needs 2 "
+            "or more: add zo.estimator=spsa",
+        ),
+        (
             exact and zo.objective != "loss",
             f"zo.objective={zo.objective} has no slope to differentiate: use zo.estimator=spsa or one_sided",
         ),

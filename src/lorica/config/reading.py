@@ -23,6 +23,7 @@ from lorica.errors import ConfigError, MissingPathError, UnknownNameError
 
 CONFIG_LIMIT_BYTES = 1 << 20
 ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
+KIND_OF_VALUE = re.compile(r"function-.*|constrained-.*|(literal|list)\[.*|str|int|float|bool", re.DOTALL)
 AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 
@@ -245,14 +246,21 @@ def _merge(tree: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def _first_mistake(schema: type[Section], error: ValidationError) -> ConfigError:
-    first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+    errors = error.errors(include_url=False)
+    first, key = errors[0], _key(errors[0]["loc"])
     if first["type"] == "extra_forbidden":
         return UnknownNameError(plugins.unknown("key", key, keys(schema)))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return ConfigError(message)
-    return ConfigError(f"{key}={first['input']!r}: {message[0].lower()}{message[1:]}")
+    # One for each kind of value that the key takes.
+    wrong = [f"{each['msg'][0].lower()}{each['msg'][1:]}" for each in errors if _key(each["loc"]) == key]
+    return ConfigError(f"{key}={first['input']!r}: {', or '.join(wrong)}")
+
+
+def _key(place: Sequence[int | str]) -> str:
+    """The key at a place in a config, without pydantic's names for the kinds of value that it takes."""
+    return ".".join(str(part) for part in place if not KIND_OF_VALUE.fullmatch(str(part)))
 
 
 class _Yaml(yaml.SafeLoader):

@@ -29,7 +29,10 @@ class Directions:
     def __call__(self, step: int, size: int) -> Tensor:
         """(num, size) float32 on the CPU."""
         draw = randomness.normals if self.distribution == "gaussian" else randomness.signs
-        return torch.stack([draw(self.seed, "perturbation", step, index, size=size) for index in range(self.num)])
+        drawn = torch.empty(self.num, size)
+        for index, direction in enumerate(drawn):
+            direction.copy_(draw(self.seed, "perturbation", step, index, size=size))
+        return drawn
 
     def of_rows(
         self, step: int, index: int, name: str, rows: Sequence[int], width: int, device: str | torch.device = "cpu"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica import randomness
-from lorica.adapters.branches import can_branch, can_share
+from lorica.adapters.branches import can_branch, can_share, unchanged_once
 from lorica.errors import ConfigError
 from lorica.optim.directions import flat_size
 from lorica.processes import Processes
@@ -23,6 +23,38 @@ MAX_TOKENS = 4096  # of a pass of several branches, at most
 WORTH = 0.95  # more branches a pass must take less than this share of the time
 NUM_TIMINGS = 3  # of which the least counts
 SPREAD = 0.1  # standard deviation of the noise that puts two points well apart
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A point to take the loss at: so far along a direction of the step."""
+
+    direction: int
+    distance: float
+
+
+@dataclass(frozen=True)
+class Points:
+    """The points θ + distance · move of some probes, by θ (n,) and moves (K, n), each made where it is asked for."""
+
+    theta: Tensor
+    moves: Tensor
+    probes: Sequence[Probe]
+
+    def __len__(self) -> int:
+        return len(self.probes)
+
+    def split(self, size: int) -> Iterator[Points]:
+        """So many at a time, in order."""
+        for start in range(0, len(self), size):
+            yield replace(self, probes=self.probes[start : start + size])
+
+    def made(self) -> Tensor:
+        """(G, n) float32."""
+        points = self.moves.new_empty(len(self), len(self.theta))
+        for point, probe in zip(points, self.probes, strict=True):
+            torch.mul(self.moves[probe.direction], probe.distance, out=point)
+        return points.add_(self.theta)
 
 
 @dataclass(frozen=True)
@@ -43,15 +75,17 @@ class Pass:
         """That fit into a pass, at least 1."""
         return max(1, int(min(most_tokens(self.objective.model), MAX_TOKENS)) // self.num_tokens)
 
-    def losses(self, points: Tensor, num_branches: int, repeat_at: RepeatAt) -> Tensor:
-        """(G,) float64: the batch's loss at each of the points (G, n), so many of them in one pass."""
-        found = []
-        for group in torch.split(points, num_branches):
-            if len(group) == 1:
-                found.append(self.objective.loss_at(self._named(group[0]), self.batch).view(1))
-            else:
-                found.append(self.objective.losses_at(self._named(group), self.batch, repeat_at=repeat_at))
+    def losses(self, points: Points, num_branches: int, repeat_at: RepeatAt) -> Tensor:
+        """(G,) float64: the batch's loss at each of the points, so many of them in one pass."""
+        with unchanged_once(self.objective.model, list(self.trainable)):
+            found = [self._in_one_pass(group.made(), repeat_at) for group in points.split(num_branches)]
         return torch.cat(found).double()
+
+    def _in_one_pass(self, points: Tensor, repeat_at: RepeatAt) -> Tensor:
+        """(G,): the losses at points (G, n)."""
+        if len(points) == 1:
+            return self.objective.loss_at(self._named(points[0]), self.batch).view(1)
+        return self.objective.losses_at(self._named(points), self.batch, repeat_at=repeat_at)
 
     def _named(self, points: Tensor) -> dict[str, Tensor]:
         """Each parameter's part of points (..., n), in the shape (..., *its own)."""
@@ -69,6 +103,7 @@ class Probing:
     `max_branches` is that number, 1 being one after the other. Where it is None as many are taken as fit into a pass by
     their tokens, which is the same in every run. Where it is `timed` besides, it is chosen when a batch of a kind is
     first seen, for each number of candidates and each octave of tokens: powers of two are timed until more take longer.
+    Where memory does not suffice for so many, half of them are taken for all batches of that kind, and so on down to 1.
     Branches are taken only if a first batch has the same losses in one pass as in two, at two points well apart.
 
     Of several processes each evaluates its share of the examples, and the sums are exchanged once.
@@ -88,36 +123,43 @@ class Probing:
         objective: LossModule,
         trainable: Mapping[str, nn.Parameter],
         batches: Sequence[Batch],
-        offsets: Tensor,
+        moves: Tensor,
+        probes: Sequence[Probe] | None = None,
     ) -> Tensor:
-        """(G,) float64: the mean loss over the batches at θ + offsets[g], each (n,) laid on the flat parameters.
+        """(G,) float64: the mean loss over the batches at each of the probes, by moves (K, n) of the flat parameters.
 
-        Raises ConfigError if `max_branches` asks for branches and the model cannot run them.
+        Without probes at θ + each of the moves. Raises ConfigError if `max_branches` asks for branches and the model
+        cannot run them.
         """
-        points = _flat(trainable).to(offsets.device) + offsets
+        probes = [Probe(at, 1.0) for at in range(len(moves))] if probes is None else probes
+        points = Points(_flat(trainable).to(moves.device), moves, probes)
         found = [self._share_of_losses(Pass(objective, trainable, batch), points) for batch in batches]
         return self.processes.summed(torch.stack(found).mean(dim=0).cpu())
 
-    def _share_of_losses(self, of: Pass, points: Tensor) -> Tensor:
+    def _share_of_losses(self, of: Pass, points: Points) -> Tensor:
         """(G,) float64: what this process's examples add to the batch's losses."""
         mine = share(of.batch, self.processes.rank, self.processes.num)
         if mine.weight == 0:
-            return points.new_zeros(len(points), dtype=torch.float64)
+            return points.theta.new_zeros(len(points), dtype=torch.float64)
         return self._losses(replace(of, batch=mine.batch), points) * mine.weight
 
-    def _losses(self, of: Pass, points: Tensor) -> Tensor:
+    def _losses(self, of: Pass, points: Points) -> Tensor:
         most = min(len(points), self.max_branches or of.most_branches)
         if most > 1 and self.repeat_at == "unknown":
             self.repeat_at = _where_to_repeat(of)
         if most == 1 or self.repeat_at == "never" or self.repeat_at == "unknown":
             self._check_not_asked_for(most)
             return of.losses(points, 1, "inputs")
-        if self.max_branches is None and self.timed:
-            kind = self.kind(len(points), of.num_tokens)
-            if kind not in self.chosen:
-                self.chosen[kind] = _fastest(of, points, most, self.repeat_at)
-            most = min(most, self.chosen[kind])
-        return of.losses(points, most, self.repeat_at)
+        if self.max_branches is not None:
+            return of.losses(points, most, self.repeat_at)
+        kind = self.kind(len(points), of.num_tokens)
+        if self.timed and kind not in self.chosen:
+            self.chosen[kind] = _fastest(of, points, most, self.repeat_at)
+        most = min(most, self.chosen.get(kind, most))
+        found, num_branches = _as_memory_allows(of, points, most, self.repeat_at)
+        if num_branches < most:
+            self.chosen[kind] = num_branches
+        return found
 
     @staticmethod
     def kind(num_candidates: int, num_tokens: int) -> str:
@@ -149,10 +191,10 @@ def _where_to_repeat(of: Pass) -> RepeatAt | Literal["never"]:
     model, names = of.objective.model, list(of.trainable)
     if not can_branch(model, names):
         return "never"
-    noise = randomness.normals(0, "branches", size=2 * flat_size(of.trainable)).view(2, -1) * SPREAD
     theta = _flat(of.trainable)
-    points = theta + noise.to(theta.device)
-    expected = of.losses(points, 1, "inputs")
+    noise = randomness.normals(0, "branches", size=2 * flat_size(of.trainable)).view(2, -1).to(theta.device)
+    points = Points(theta, noise, [Probe(0, SPREAD), Probe(1, SPREAD)])
+    expected = torch.cat([of.losses(point, 1, "inputs") for point in points.split(1)])
     tolerance = max(
         [1e-4, *(4 * torch.finfo(each.dtype).eps for each in model.parameters() if each.is_floating_point())]
     )
@@ -167,7 +209,17 @@ def _where_to_repeat(of: Pass) -> RepeatAt | Literal["never"]:
     return "never"
 
 
-def _fastest(of: Pass, points: Tensor, most: int, repeat_at: RepeatAt) -> int:
+def _as_memory_allows(of: Pass, points: Points, num_branches: int, repeat_at: RepeatAt) -> tuple[Tensor, int]:
+    """The losses, and with how many branches a pass: half as many as often as memory does not suffice."""
+    try:
+        return of.losses(points, num_branches, repeat_at), num_branches
+    except torch.OutOfMemoryError:
+        if num_branches == 1:
+            raise
+    return _as_memory_allows(of, points, num_branches // 2, repeat_at)  # what was in the way is freed by now
+
+
+def _fastest(of: Pass, points: Points, most: int, repeat_at: RepeatAt) -> int:
     """How many branches a pass evaluate the points in the least time: a power of two, or `most`."""
     best, least = 1, math.inf
     for exponent in range((most - 1).bit_length() + 1):
@@ -182,7 +234,7 @@ def _fastest(of: Pass, points: Tensor, most: int, repeat_at: RepeatAt) -> int:
     return best
 
 
-def _seconds(of: Pass, points: Tensor, num_branches: int, repeat_at: RepeatAt) -> float:
+def _seconds(of: Pass, points: Points, num_branches: int, repeat_at: RepeatAt) -> float:
     begin = time.perf_counter()
     of.losses(points, num_branches, repeat_at).tolist()  # which waits for the device
     return time.perf_counter() - begin

@@ -12,21 +12,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lorica.adapters.branches import unchanged_once
 from lorica.errors import ModelError
 from lorica.optim.directions import sliced
-from lorica.optim.probes import Probing
+from lorica.optim.probes import Probe, Probing
 from lorica.tasks.batching import Batch, share
 from lorica.tasks.objectives import LossModule
 
 SlopesName = Literal["spsa", "one_sided", "forward_gradient"]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A point to take the loss at: so far along a direction of the step."""
-
-    direction: int
-    distance: float
 
 
 class Around(Protocol):
@@ -122,33 +115,34 @@ class Flat:
         return len(self.batches)
 
     def losses(self, probes: Sequence[Probe]) -> list[float]:
-        offsets = torch.stack([self.moves[probe.direction] * probe.distance for probe in probes])  # (G, n)
-        return self.probing.losses(self.objective, self.trainable, self.batches, offsets).tolist()
+        return self.probing.losses(self.objective, self.trainable, self.batches, self.moves, probes).tolist()
 
     def along(self) -> list[tuple[float, float]]:
-        found = torch.tensor([self._along(move) for move in self.moves], dtype=torch.float64)  # (K, 2)
-        losses, slopes = self.probing.processes.summed(found.T.flatten()).chunk(2)
+        found = torch.stack([self._along(batch) for batch in self.batches]).mean(dim=0)  # (2, K)
+        losses, slopes = self.probing.processes.summed(found.flatten()).chunk(2)
         return list(zip(losses.tolist(), slopes.tolist(), strict=True))
 
+    def _along(self, batch: Batch) -> Tensor:
+        """(2, K) float64: what this process's examples add to the batch's loss at θ, and to its slopes."""
+        mine = share(batch, self.probing.processes.rank, self.probing.processes.num)
+        if mine.weight == 0:
+            return torch.zeros(2, self.num_directions, dtype=torch.float64)
+        with unchanged_once(self.objective.model, list(self.trainable)):
+            found = [self._loss_and_slope(move, mine.batch) for move in self.moves]
+        return torch.tensor(found, dtype=torch.float64).T * mine.weight
+
     @torch.no_grad()
-    def _along(self, move: Tensor) -> tuple[float, float]:
-        """What this process's examples add to the loss at θ and to its slope along `move` (n,)."""
-        processes, tangents = self.probing.processes, sliced(move, self.trainable)
-        loss, slope = 0.0, 0.0
+    def _loss_and_slope(self, move: Tensor, batch: Batch) -> tuple[float, float]:
+        """At θ, the slope along `move` (n,)."""
+        tangents = sliced(move, self.trainable)
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():  # the fused attention kernels have no forward mode
             duals = {
                 name: forward_ad.make_dual(parameter.detach(), tangent)  # type: ignore[no-untyped-call]
                 for (name, parameter), tangent in zip(self.trainable.items(), tangents, strict=True)
             }
-            for batch in self.batches:
-                mine = share(batch, processes.rank, processes.num)
-                if mine.weight == 0:
-                    continue
-                found = _loss(self.objective, duals, mine.batch) * mine.weight
-                value, derivative = forward_ad.unpack_dual(found)  # type: ignore[no-untyped-call]
-                loss += float(value) / self.num_batches
-                slope += (0.0 if derivative is None else float(derivative)) / self.num_batches
-        return loss, slope
+            loss = _loss(self.objective, duals, batch)
+            value, slope = forward_ad.unpack_dual(loss)  # type: ignore[no-untyped-call]
+            return float(value), 0.0 if slope is None else float(slope)
 
 
 def _loss(objective: LossModule, duals: dict[str, Tensor], batch: Batch) -> Tensor:

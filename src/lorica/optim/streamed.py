@@ -20,8 +20,9 @@ from lorica import randomness
 from lorica.errors import ModelError
 from lorica.optim.backprop import Estimate
 from lorica.optim.directions import Directions
+from lorica.optim.probes import Probe
 from lorica.optim.scaling import Scaling
-from lorica.optim.slopes import MEASURES, Probe, SlopesName
+from lorica.optim.slopes import MEASURES, SlopesName
 from lorica.optim.zeroth_order import estimated
 from lorica.processes import Processes
 from lorica.tasks.batching import Batch, share

@@ -11,7 +11,10 @@ from typing import Any
 WINDOW = 500  # losses that the trend is taken over
 NO_TREND = -2.0  # t above which no learning is shown
 RECENT = 50  # losses that say where the run is
-RISE, DEVIATIONS = 0.25, 2.0  # far above the first loss: by this share of it, and so many standard deviations more
+RISE = 0.25  # of the first loss: a rise by this share of it is far,
+DEVIATIONS, ERRORS = 2.0, 6.0  # if so many deviations are left out that one loss has, or errors that two means have
+RISING = 5.0  # t from which the loss rises
+DIVERGES = "the run diverges. What usually helps: a lower learning_rate, a smaller adapter.alpha, zo.clip=5"
 
 
 @dataclass
@@ -68,14 +71,15 @@ class LossTrend:
 class LossMeter:
     """Reads every raw loss of a run, and says each of its two warnings once.
 
-    No learning is shown while the trend over the last 500 losses has t > −2. The loss has risen far when the mean of
-    the last 50 lies above the run's first by a quarter of that and two standard deviations of the last 50. The first
-    loss alone is sure to be from before a jump: a step that is too long shows in the second. A loss that is not finite
-    is passed over.
+    No learning is shown while the trend over the last 500 losses has t > −2. The loss has risen far from t = 5 on, or
+    when the mean of the last 50 lies a quarter of the run's first loss, and what may be noise, above that loss or above
+    the lowest such mean so far. The first loss alone is sure to be from before a jump: a step that is too long shows in
+    the second. A loss that is not finite is passed over.
     """
 
     trend: LossTrend = field(default_factory=LossTrend)
     first: float | None = None
+    lowest: tuple[float, float] | None = None  # mean of 50 losses so far, and their standard deviation
     told: list[str] = field(default_factory=list)
 
     def after(self, loss: float) -> list[str]:
@@ -94,25 +98,32 @@ class LossMeter:
         """The warning, or nothing."""
         if self.first is None or len(self.trend.losses) < RECENT or "rise" in self.told:
             return ""
+        t = self.trend.t()
+        if t is not None and t >= RISING:
+            return f"the loss rises over the last {self.trend.window} steps (t = {t:.1f}): {DIVERGES}"
         recent = [self.trend.losses[place] for place in range(-RECENT, 0)]
         now = statistics.fmean(recent)
         deviation = math.sqrt(math.fsum((loss - now) ** 2 for loss in recent) / (RECENT - 1))
-        if now <= self.first + RISE * abs(self.first) + DEVIATIONS * deviation:
+        low, spread = self.lowest = min(self.lowest or (now, deviation), (now, deviation))
+        far = RISE * abs(self.first)
+        if now > self.first + far + DEVIATIONS * deviation:
+            before = f"{self.first:.4g} at the first step"
+        elif now > low + far + ERRORS * math.hypot(deviation, spread) / math.sqrt(RECENT):
+            before = f"{low:.4g} at its lowest"
+        else:
             return ""
-        return (
-            f"the loss has risen from {self.first:.4g} at the first step to {now:.4g} (mean of the last {RECENT}): "
-            "the run diverges. What usually helps: a lower learning_rate, a smaller adapter.alpha, zo.clip=5"
-        )
+        return f"the loss has risen from {before} to {now:.4g} (mean of the last {RECENT}): {DIVERGES}"
 
     def _no_trend(self) -> str:
         """The warning, or nothing."""
         t = self.trend.t()
-        if t is None or t <= NO_TREND:
+        if t is None or not NO_TREND < t < RISING:
             return ""
+        step = "a lower learning_rate" if t >= -NO_TREND else "a larger zo.num_directions with a larger learning_rate"
         return (
             f"the loss shows no fall over the last {self.trend.window} steps (t = {t:.1f}): either the run has "
-            "converged, or it does not learn. What usually helps: a larger zo.num_directions with a larger "
-            "learning_rate, zo.train=B, zo.estimator=forward_gradient, trainer=backprop"
+            f"converged, or it does not learn. What usually helps: {step}; for an adapter zo.train=B or "
+            "zo.estimator=forward_gradient; trainer=backprop"
         )
 
     def state(self) -> dict[str, Any]:
@@ -121,7 +132,7 @@ class LossMeter:
         sums = [trend.centre, trend.total, trend.moment, trend.square]
         return {
             "losses": list(trend.losses), "sums": sums, "num_since": trend.num_since,
-            "first": self.first, "told": self.told,
+            "first": self.first, "lowest": self.lowest, "told": self.told,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -129,4 +140,5 @@ class LossMeter:
         centre, total, moment, square = state["sums"]
         losses = deque(state["losses"])
         self.trend = LossTrend(self.trend.window, losses, centre, total, moment, square, state["num_since"])
-        self.first, self.told = state["first"], list(state["told"])
+        self.first, self.told, lowest = state["first"], list(state["told"]), state.get("lowest")
+        self.lowest = (lowest[0], lowest[1]) if lowest else None
