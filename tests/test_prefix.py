@@ -10,19 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
 import tiny
-from lorica import models
+from lorica import config, models, runs
 from lorica.adapters import prefix as prefixes
 from lorica.adapters.prefix import LivePrefix, Prefix
-from lorica.errors import AdapterFormatError, MissingPathError, ModelError
+from lorica.config import TrainConfig
+from lorica.demo import language
+from lorica.errors import AdapterFormatError, ConfigError, MissingPathError, ModelError
 from lorica.models import Base
 from lorica.optim.backprop import backprop
 from lorica.optim.directions import Directions
 from lorica.optim.probes import Probing
 from lorica.optim.zeroth_order import ZerothOrder
+from lorica.processes import ALONE
+from lorica.runs.training import train
 from lorica.runs.training.prefix import draw, lay_on
 from lorica.tasks.batching import ChoiceBatch, collate
 from lorica.tasks.objectives import LossModule, scores
@@ -196,6 +201,27 @@ def test_a_model_that_takes_no_prefix_is_refused(load: Load) -> None:
     for family, kind in (("t5", None), ("bert", None), ("opt", "classification")):
         with pytest.raises(ModelError, match=r"known to work for causal models of gpt2, llama, opt, qwen2"):
             drawn(load(family, kind))
+
+
+@pytest.mark.parametrize("num_tokens", [249, 5000])
+def test_a_prefix_that_leaves_a_prompt_no_room_is_refused(tmp_path: Path, num_tokens: int) -> None:
+    language.write_tasks(tmp_path)
+    words = ["model=demo", "adapter.kind=prefix", f"prefix.num_tokens={num_tokens}", f"task.path={tmp_path / 'topic'}"]
+    with pytest.raises(ConfigError, match=rf"prefix\.num_tokens={num_tokens} takes too many of the 256 positions"):
+        runs.train(config.read(TrainConfig, words), Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("more", "warns"),
+    [("model.dtype=bfloat16", True), ("model.dtype=bfloat16 zo.epsilon=0.1", False), ("model.dtype=float32", False)],
+)
+def test_probes_that_half_precision_rounds_away_are_told(tmp_path: Path, more: str, warns: bool) -> None:
+    """At ε = 1e-3 slopes in bfloat16 had nothing to do with the gradient; at 0.1 they correlate with it by 0.9."""
+    language.write_tasks(tmp_path)
+    words = ["model=demo", "adapter.kind=prefix", "trainer=zo", f"task.path={tmp_path / 'topic'}", *more.split()]
+    cfg = config.read(TrainConfig, [*words, "task.num_train=4", "task.num_eval=4"]).resolved()
+    told = train._prepared(cfg, ALONE, Console(quiet=True)).tuning.told()
+    assert any("lost in the rounding" in line and "zo.epsilon=0.1" in line for line in told) == warns
 
 
 def test_a_prefix_of_another_model_is_refused(load: Load) -> None:

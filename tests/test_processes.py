@@ -24,14 +24,22 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorica import config, files, runs
+from lorica import config, files, processes, results, runs
 from lorica.config import ReplayConfig, TrainConfig
 from lorica.demo import language
-from lorica.errors import ConfigError, DriftError, InterruptedRunError
+from lorica.errors import (
+    ConfigError,
+    DriftError,
+    FolderInUseError,
+    InterruptedRunError,
+    LostProcessError,
+    OutputExistsError,
+)
 from lorica.processes import Processes
 from lorica.runs.training import stretch_trainer
 from lorica.tasks.batching import Batch, ChoiceBatch, HeadBatch, mapped, share
 from lorica.training import fit
+from test_resume import until
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
@@ -200,8 +208,8 @@ def test_a_zeroth_order_step_exchanges_its_losses_once_and_nothing_else(
         assert lines == [f"torch.float64 {numbers + 1}"] * 10, "the losses, and the wish to stop"
 
 
-def strays(patch: pytest.MonkeyPatch) -> None:
-    """Let one process's parameters go their own way at step 8, and be compared every 5."""
+def strays(patch: pytest.MonkeyPatch, every: int) -> None:
+    """Let one process's parameters go their own way at step 8, and be compared every so many."""
     original, num_steps = fit.apply, itertools.count(1)
 
     def apply(optimizer: Any, trainable: Any, *rest: Any) -> None:
@@ -210,14 +218,20 @@ def strays(patch: pytest.MonkeyPatch) -> None:
             next(iter(trainable.values())).data.view(-1)[0].add_(1e-6)
 
     patch.setattr(fit, "apply", apply)
-    patch.setattr(stretch_trainer, "SEGMENT", 5)
+    patch.setattr(stretch_trainer, "SEGMENT", every)
 
 
-def test_drift_is_an_error_that_names_the_step(together: Pair, data: Path, tmp_path: Path) -> None:
-    found = together(
-        words_for(data, tmp_path / "run", ZO, "max_steps=15 eval_steps=null zo.warm_start_steps=0"), strays
-    )
-    assert all(each.startswith(f"{DriftError.__name__}: step 10: ") for each in found), found
+@pytest.mark.parametrize(
+    ("every", "more", "told"),
+    [(5, "", 10), (100, "max_steps=12", 12), (100, "adapter.kind=xgblora boosting.steps_per_iteration=9", 9)],
+)
+def test_drift_is_an_error_that_names_the_step(
+    together: Pair, data: Path, tmp_path: Path, every: int, more: str, told: int
+) -> None:
+    """Also where a run or a round ends before it is looked for again."""
+    words = words_for(data, tmp_path / "run", ZO, "max_steps=15 eval_steps=null zo.warm_start_steps=0", more)
+    found = together(words, functools.partial(strays, every=every))
+    assert all(each.startswith(f"{DriftError.__name__}: step {told}: ") for each in found), found
 
 
 def is_stopped(patch: pytest.MonkeyPatch, rank: str, step: int) -> None:
@@ -256,6 +270,70 @@ def test_what_cannot_be_shared_out_is_refused(together: Pair, data: Path, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_what_the_first_is_refused_ends_the_others_with_a_line(together: Pair, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    found = together(words_for(data, tmp_path, ZO))
+    assert found[0].startswith(f"{OutputExistsError.__name__}: output_dir=")
+    assert found[1].startswith(f"{LostProcessError.__name__}: another process")
+
+
+def goes_alone(patch: pytest.MonkeyPatch, gate: Path | None) -> None:
+    """Let a process be a run of its own; with a `gate` both have found the folder empty before either goes on."""
+    patch.setenv("WORLD_SIZE", "1")
+    original, rank = results.new_run, int(os.environ["RANK"])
+
+    def new_run(*words: Any) -> Any:
+        run = original(*words)
+        if gate is not None:
+            (gate / str(rank)).touch()
+            until((gate / str(1 - rank)).exists)
+        return run
+
+    patch.setattr(results, "new_run", new_run)
+
+
+@pytest.mark.parametrize("meet", [False, True])
+def test_of_two_that_start_in_one_folder_one_wins(together: Pair, data: Path, tmp_path: Path, meet: bool) -> None:
+    run, words = tmp_path / "run", ("trainer=backprop max_steps=5 eval_steps=null",)
+    hook = functools.partial(goes_alone, gate=tmp_path if meet else None)
+    lost, won = sorted(together(words_for(data, run, *words), hook), key=str(run).__eq__)
+    assert won == str(run), lost
+    assert lost.startswith(
+        FolderInUseError.__name__ if meet else (FolderInUseError.__name__, OutputExistsError.__name__)
+    )
+    assert str(run) in lost and "\n" not in lost
+    assert losses(run) == losses(train(words_for(data, tmp_path / "alone", *words)))
+    assert (run / "record.json").exists() and files.read_json(run / "trainer_state.json")["step"] == 5
+
+
+def test_a_folder_that_another_has_taken_and_left_meanwhile_is_let_be(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, original = words_for(data, tmp_path / "run", "trainer=backprop max_steps=1 eval_steps=null"), results.new_run
+
+    def new_run(*given: Any) -> Any:
+        found = original(*given)
+        monkeypatch.setattr(results, "new_run", original)
+        train(words)
+        return found
+
+    monkeypatch.setattr(results, "new_run", new_run)
+    with pytest.raises(OutputExistsError, match="another run has taken"):
+        train(words)
+    assert len(losses(tmp_path / "run")) == 1 and (tmp_path / "run" / "record.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "told"), [("2", "WORLD_SIZE=2 without RANK, MASTER_ADDR, MASTER_PORT"), ("0", "'0'"), ("many", "'many'")]
+)
+def test_half_a_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch, size: str, told: str) -> None:
+    for name in processes.MEETING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ConfigError, match=told), processes.joined():
+        pass
+
+
 def shards(patch: pytest.MonkeyPatch, told: Path | None = None) -> None:
     """Set accelerate up for FSDP, and note that the base was sharded for it."""
     original = fsdp.fully_shard
@@ -281,7 +359,7 @@ def test_a_base_in_parts_is_trained_as_a_whole_one(together: Pair, data: Path, t
     assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("words", ["adapter.kind=full", "compile=true"])
+@pytest.mark.parametrize("words", ["adapter.kind=full", "compile=true", "trainer=zo"])
 def test_what_needs_the_base_whole_is_refused_where_it_is_in_parts(
     together: Pair, data: Path, tmp_path: Path, words: str
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load, save
 from typer.testing import CliRunner
 
 from lorica import cli, config, files, runs
@@ -28,40 +31,41 @@ from test_resume import Killed, dies_at
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
+SEGMENT = 5
 BASE = (
-    "model=demo trainer=zo batch_size=4 max_steps=58 learning_rate=1e-2 task.num_train=64 "
+    "model=demo trainer=zo batch_size=2 max_steps=24 learning_rate=1e-2 task.num_train=64 "
     "task.num_dev=20 task.num_eval=20"
 )
 ADAPTIVE = (
-    "adapter.kind=xgblora boosting.use_adaptive_merge=true boosting.patience=7 boosting.improvement_threshold=0.02 "
-    "boosting.judge=probe boosting.probe_size=8 learning_rate=0.1 adapter.init=kaiming"
+    "adapter.kind=xgblora boosting.use_adaptive_merge=true boosting.patience=5 boosting.improvement_threshold=0.02 "
+    "boosting.judge=probe boosting.probe_size=8 learning_rate=0.1 adapter.init=kaiming max_steps=40 zo.num_directions=4"
 )
 RUNS = {
-    "lora": "adapter.rank=2 adapter.init=kaiming",
+    "lora": "adapter.rank=2 adapter.init=kaiming zo.num_directions=3",
     "classes": "adapter.rank=2",
     "both factors": "adapter.rank=2 zo.train=both optimizer=adamw schedule=linear warmup=0.1",
     "scaled": "zo.estimator=one_sided zo.num_directions=3 zo.distribution=rademacher zo.space=update zo.normalize=rms "
-    "zo.clip=2 learning_rate=1e-3 optimizer=momentum gradient_accumulation_steps=2 max_steps=30",
-    "clipped": "max_grad_norm=0.5 weight_decay=0.1 schedule=cosine max_steps=30",
+    "zo.clip=2 learning_rate=1e-3 optimizer=momentum gradient_accumulation_steps=2",
+    "clipped": "max_grad_norm=0.5 weight_decay=0.1 schedule=cosine",
     "head": "task.kind=classification",
     "classes, rounds": "adapter.kind=xgblora boosting.steps_per_iteration=10 task.kind=classification",
     "rounds": "adapter.kind=xgblora boosting.steps_per_iteration=10 boosting.layer_fraction=0.5 boosting.rewarm=true "
     "warmup=5 boosting.shrinkage=0.7 boosting.orthogonal=true",
-    "epochs": "adapter.kind=xgblora boosting.merge_frequency=1 max_steps=null num_epochs=2.5",
+    "epochs": "adapter.kind=xgblora boosting.merge_frequency=1 max_steps=null num_epochs=2.5 task.num_train=16",
     "adaptive": ADAPTIVE,
     "adaptive head": f"{ADAPTIVE} task.kind=classification",
-    "along inputs": "adapter.init=activations max_steps=20",
-    "full": "adapter.kind=full max_steps=20 zo.num_directions=2 learning_rate=1e-4 weight_decay=0.1",
+    "along inputs": "adapter.init=activations max_steps=12",
+    "full": "adapter.kind=full max_steps=7 zo.num_directions=2 learning_rate=1e-4 weight_decay=0.1",
     "full, half precision": "adapter.kind=full max_steps=6 model.dtype=bfloat16 learning_rate=1e-4",
-    "prefix": "adapter.kind=prefix max_steps=20",
+    "prefix": "adapter.kind=prefix max_steps=12",
 }
 
 
 @pytest.fixture(scope="module", autouse=True)
 def often() -> Iterator[None]:
-    """A checksum every 25 steps, so that short runs have some."""
+    """A checksum every few steps, so that short runs have some."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stretch_trainer, "SEGMENT", 25)
+        patch.setattr(stretch_trainer, "SEGMENT", SEGMENT)
         yield
 
 
@@ -112,6 +116,11 @@ def changed(run: Path, folder: Path, change: Callable[[list[dict[str, Any]]], No
     return folder
 
 
+def taken(records: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """The line of a step."""
+    return next(each for each in records if each["step"] == step and "weights" in each)
+
+
 @pytest.mark.parametrize("name", list(RUNS))
 def test_every_kind_of_run_is_rebuilt_bit_for_bit(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -123,7 +132,7 @@ def test_every_kind_of_run_is_rebuilt_bit_for_bit(
     found = replay(folder, f"output_dir={tmp_path / 'out'}")
     assert found.is_identical, found
     assert not found.remarks
-    assert found.num_checksums == found.num_steps // 25
+    assert found.num_checksums == found.num_steps // SEGMENT > 0
     (left,) = (folder / ("model" if name.startswith("full") else "adapter")).glob("*.safetensors")
     assert (tmp_path / "out" / left.name).read_bytes() == left.read_bytes()
 
@@ -145,7 +154,7 @@ def test_a_resumed_run_leaves_the_log_of_the_unbroken_one(
     run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     words = words_for(data, tmp_path / "run", RUNS[kind], "save_steps=8")
-    for kill in (11, 42):
+    for kill in (11, 19):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(fit, "_told", dies_at(kill))
             train(words)
@@ -164,7 +173,7 @@ def test_an_interrupted_run_is_compared_with_its_checkpoint(
     original = fit._told
 
     def told(progress: fit.Progress, *rest: Any) -> fit.Step:
-        if progress.step == 33:
+        if progress.step == 13:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(progress, *rest)
 
@@ -172,25 +181,35 @@ def test_an_interrupted_run_is_compared_with_its_checkpoint(
         patch.setattr(fit, "_told", told)
         train(words_for(data, tmp_path / "run", RUNS[kind]))
     found = replay(tmp_path / "run", f"output_dir={tmp_path / 'out'}")
-    assert found.is_identical and found.compared == "the checkpoint of step 33"
+    assert found.is_identical and found.compared == "the checkpoint of step 13"
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
     def spoil(records: list[dict[str, Any]]) -> None:
-        records[33]["rate"] = 1.0
+        taken(records, 13)["rate"] = 1.0
 
-    assert replay(changed(tmp_path / "run", tmp_path / "spoilt", spoil)).differs == (26, 33)
+    assert replay(changed(tmp_path / "run", tmp_path / "spoilt", spoil)).differs == (11, 13)
 
 
-@pytest.mark.parametrize("how", ["by a signal", "by a kill"])
+@pytest.mark.parametrize(
+    ("signalled", "killed", "compared", "num_checksums"),
+    [(20, None, "the checkpoint of step 20", 5), (None, 23, "the checkpoint of step 20", 5), (24, None, "nothing", 4)],
+)
 def test_a_run_that_stopped_between_two_rounds_is_compared_with_its_checkpoint(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    signalled: int | None,
+    killed: int | None,
+    compared: str,
+    num_checksums: int,
 ) -> None:
+    """Behind the last round nothing is live that a checksum could be of."""
     original = fit._told
 
     def told(progress: fit.Progress, *rest: Any) -> fit.Step:
-        if progress.step == 20 and how == "by a signal":
+        if progress.step == signalled:
             os.kill(os.getpid(), signal.SIGTERM)
-        if progress.step == 23:
+        if progress.step == killed:
             raise Killed
         return original(progress, *rest)
 
@@ -198,7 +217,8 @@ def test_a_run_that_stopped_between_two_rounds_is_compared_with_its_checkpoint(
         patch.setattr(fit, "_told", told)
         train(words_for(data, tmp_path / "run", RUNS["rounds"], "save_steps=20"))
     found = replay(tmp_path / "run")
-    assert found.is_identical and (found.compared, found.num_checksums) == ("the checkpoint of step 20", 1)
+    assert found.is_identical and found.num_checksums == num_checksums
+    assert found.compared is not None and found.compared.startswith(compared)
 
 
 def test_the_log_is_whole_when_a_checkpoint_is_committed(
@@ -219,10 +239,35 @@ def test_a_run_killed_before_its_first_checkpoint_is_replayed_as_far_as_its_log(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(fit, "_told", dies_at(30))
+        patch.setattr(fit, "_told", dies_at(9))
         train(words_for(data, tmp_path / "run", RUNS["lora"]))
     found = replay(tmp_path / "run")
-    assert found.is_identical and (found.num_steps, found.num_checksums) == (29, 1)
+    assert found.is_identical and (found.num_steps, found.num_checksums) == (8, 1)
+
+
+def test_what_was_deleted_is_rebuilt_and_compared_with_its_hashes(run: Run, tmp_path: Path) -> None:
+    folder = changed(run("lora"), tmp_path / "run", lambda records: None)
+    expected = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(folder / "adapter")
+    found = replay(folder, f"output_dir={tmp_path / 'out'}")
+    assert found.is_identical and "hashes" in found.told()
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == expected
+
+    def spoil(records: list[dict[str, Any]]) -> None:
+        one_bit(records, 23)
+
+    spoilt = replay(changed(folder, tmp_path / "spoilt", spoil))
+    assert spoilt.differs == (21, 24), "no checksum was taken after step 20, so that the hashes alone tell"
+
+
+def test_what_nothing_was_compared_with_is_not_called_identical(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(fit, "_told", dies_at(4))
+        train(words_for(data, tmp_path / "run", RUNS["lora"]))
+    found = replay(tmp_path / "run")
+    assert not found.is_identical and found.told().startswith("nothing could be compared: the log's 3 steps")
 
 
 def one_bit(records: list[dict[str, Any]], at: int) -> None:
@@ -230,7 +275,7 @@ def one_bit(records: list[dict[str, Any]], at: int) -> None:
     records[at]["weights"] = ("B" if text[0] == "A" else "A") + text[1:]
 
 
-@pytest.mark.parametrize(("step", "segment"), [(1, (1, 25)), (25, (1, 25)), (26, (26, 50)), (58, (51, 58))])
+@pytest.mark.parametrize(("step", "segment"), [(1, (1, 5)), (5, (1, 5)), (6, (6, 10)), (24, (21, 24))])
 def test_it_is_said_where_a_changed_log_first_differs(
     run: Run, tmp_path: Path, step: int, segment: tuple[int, int]
 ) -> None:
@@ -242,7 +287,7 @@ def test_it_is_said_where_a_changed_log_first_differs(
 
     found = replay(changed(run("lora"), tmp_path / "changed", larger))
     assert found.differs == segment and not found.is_identical
-    assert found.told() == f"differs: first between steps {segment[0]} and {segment[1]}, of 58 steps and 2 checksums"
+    assert found.told() == f"differs: first between steps {segment[0]} and {segment[1]}, of 24 steps and 4 checksums"
 
 
 def test_a_decision_that_is_changed_shows(run: Run, tmp_path: Path) -> None:
@@ -259,15 +304,15 @@ def test_a_decision_that_is_changed_shows(run: Run, tmp_path: Path) -> None:
     assert not replay(changed(run("adaptive"), tmp_path / "booster", other_booster)).is_identical
 
 
-@pytest.mark.parametrize("kind", ["lora", "adaptive"])
-def test_a_truncated_log_goes_as_far_as_it_goes(run: Run, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "last"), [("lora", 24), ("adaptive", 40)])
+def test_a_truncated_log_goes_as_far_as_it_goes(run: Run, tmp_path: Path, kind: str, last: int) -> None:
     def cut(records: list[dict[str, Any]]) -> None:
-        del records[40:]
+        del records[records.index(taken(records, 9)) :]
 
     found = replay(changed(run(kind), tmp_path / "cut", cut))
     assert found.compared is None and found.differs is None and not found.is_identical
     assert found.num_checksums == 1 and "ends too early" in found.told()
-    assert any(f"as far as step {found.num_steps}" in remark and "step 58" in remark for remark in found.remarks)
+    assert any(f"as far as step {found.num_steps}" in remark and f"step {last}" in remark for remark in found.remarks)
 
     def gap(records: list[dict[str, Any]]) -> None:
         del records[20]
@@ -280,18 +325,18 @@ def test_another_config_base_or_machine_is_named(run: Run, tmp_path: Path) -> No
     def elsewhere(records: list[dict[str, Any]]) -> None:
         records[0]["header"]["numerics"]["torch"] = "1.0"
         records[0]["header"]["base"] = "0" * 16
-        records.insert(26, {"step": 25, "header": {**records[0]["header"], "numerics": {"torch": "9.9"}}})
+        records.insert(11, {"step": 10, "header": {**records[0]["header"], "numerics": {"torch": "9.9"}}})
 
     found = replay(changed(run("lora"), tmp_path / "elsewhere", elsewhere))
     assert found.is_identical
-    for part in ("another numerics.torch ('1.0', now", "another base", "from step 25 on the run had another numerics"):
+    for part in ("another numerics.torch ('1.0', now", "another base", "from step 10 on the run had another numerics"):
         assert any(part in remark for remark in found.remarks), (part, found.remarks)
     folder = changed(run("lora"), tmp_path / "config", lambda records: None)
     (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace("rank: 2", "rank: 3"))
     found = replay(folder)
-    assert found.differs == (1, 25) and any("another config" in remark for remark in found.remarks)
+    assert found.differs == (1, 5) and any("another config" in remark for remark in found.remarks)
     text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(text.replace("num_directions: 8", "num_directions: 2"))
+    (folder / "config.yaml").write_text(text.replace("num_directions: 3", "num_directions: 2"))
     with pytest.raises(DataError, match="directions"):
         replay(folder)
 
@@ -345,12 +390,21 @@ def test_what_cannot_be_replayed_is_refused(run: Run, data: Path, tmp_path: Path
     with pytest.raises(DataError, match="num_labels"):
         replay(changed(run("lora"), tmp_path / "hostile", of_nothing))
 
+    def of_another_width(records: list[dict[str, Any]]) -> None:
+        line = next(each for each in records if "looked" in each)
+        narrow = {name: seen[:, 1:].contiguous() for name, seen in load(base64.b64decode(line["looked"])).items()}
+        line["looked"] = base64.b64encode(save(narrow)).decode()
+
+    with pytest.raises(DataError, match="what the model of this run cannot take") as caught:
+        replay(changed(run("classes"), tmp_path / "narrow", of_another_width))
+    assert "\n" not in str(caught.value)
+
 
 def test_the_command_says_identical_or_exits_with_1(run: Run, tmp_path: Path) -> None:
     def spoil(records: list[dict[str, Any]]) -> None:
         one_bit(records, 5)
 
     spoilt = changed(run("lora"), tmp_path / "spoilt", spoil)
-    for folder, code, told in ((run("lora"), 0, "identical: 58 steps"), (spoilt, 1, "differs")):
+    for folder, code, told in ((run("lora"), 0, "identical: 24 steps"), (spoilt, 1, "differs")):
         done = CliRunner().invoke(cli.app, ["replay", str(folder)])
         assert done.exit_code == code and told in done.output, done.output

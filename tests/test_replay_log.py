@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +57,16 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [each.weights for each in found.steps if each.weights] == expected
 
 
-def test_a_log_of_20000_steps_is_small_under_every_schedule(tmp_path: Path) -> None:
-    for schedule in ("constant", "linear", "cosine"):
-        path = tmp_path / schedule
-        written(path, 20_000, rate=lambda step, name=schedule: 1e-4 * multiplier(name, step, 20_000, 0.1)).flush()
-        assert path.stat().st_size < 2e6, schedule
-        assert len(read_log(path).steps) == 20_000
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_log_of_20000_steps_is_small_under_every_schedule(tmp_path: Path, schedule: str) -> None:
+    """With eight directions a step, as a run has them unless something else is asked for, and every rate exact."""
+    path, rates = tmp_path / schedule, [3e-4 * multiplier(schedule, step, 20_000, 0.1) for step in range(20_001)]
+    log = ReplayLog(path, replace(HEADER, directions={**HEADER.directions, "num": 8}))
+    for step, weight in enumerate(DRAWN, 1):
+        log.step(step, [weight] * 8, rates[step], "0" * 16 if step % 100 == 0 else None)
+    log.flush()
+    assert path.stat().st_size < 1.95e6
+    assert [each.rate for each in read_log(path).steps] == rates[1:]
 
 
 def test_a_step_writes_nothing_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,16 +84,17 @@ def test_a_step_writes_nothing_by_itself(tmp_path: Path, monkeypatch: pytest.Mon
     assert calls == [False] * 10, "one write for each 100 steps, and no wait for the disk"
 
 
-def test_a_log_gone_on_with_is_the_log_never_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rate", [1e-4, 1e-4 / 3])
+def test_a_log_gone_on_with_is_the_log_never_left(tmp_path: Path, rate: float) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    written(whole, 20).flush()
-    written(parts, 13).flush()
-    records = files.read_records(parts)
-    files.write_atomic(parts, "".join(files.record_line(each) for each in records if each["step"] <= 10))
+    written(whole, 20, rate=lambda step: rate).flush()
+    written(parts, 13, rate=lambda step: rate).flush()
+    lines = parts.read_bytes().splitlines(keepends=True)
+    files.write_atomic(parts, b"".join(lines[:11]))
     log = ReplayLog(parts, HEADER)
     for record in files.read_records(whole):
         if record["step"] > 10:
-            log.step(record["step"], replay.unpacked(record["weights"]), 1e-4)
+            log.step(record["step"], replay.unpacked(record["weights"]), rate)
     log.flush()
     assert parts.read_bytes() == whole.read_bytes()
     elsewhere = Header(HEADER.config, HEADER.base, HEADER.directions, {"torch": "3"})
@@ -115,7 +122,10 @@ def test_a_torn_tail_is_dropped_and_a_gap_ends_the_log(tmp_path: Path) -> None:
         ({"step": 1, "weights": "AACAPwAAgD8="}, "2 weights for 1 directions"),
         ({"step": 1, "weights": "AAA="}, "line 2"),
         ({"step": 1, "weights": 7}, "line 2"),
+        ({"step": 1, "weights": "AADAfw=="}, "line 2: a rate or a weight that is no number"),
+        ({"step": 1, "weights": "AACAPw==", "rate": math.inf}, "line 2: a rate or a weight that is no number"),
         ({"step": 1, "weights": "AACAPw==", "rate": "much"}, "line 2"),
+        ({"step": 1, "weights": "AACAPw==", "rate": "AACAPw=="}, "line 2"),
         ({"step": 1, "round": 0}, "not the end of a round"),
         ([1], "line 2"),
     ],
@@ -129,6 +139,10 @@ def test_lines_that_are_not_of_a_log_are_told_by_number(tmp_path: Path, line: An
         read_log(path)
 
 
+def header_with(**changes: Any) -> str:
+    return files.record_line({"step": 0, "header": {**asdict(HEADER), **changes}})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -137,6 +151,8 @@ def test_lines_that_are_not_of_a_log_are_told_by_number(tmp_path: Path, line: An
         ('{"step": 0, "header": {"format": 99}}\n', "format 99"),
         ('{"step": 0, "header": 3}\n', "format None"),
         ('{"step": 0, "header": {"format": 1, "surprise": 1}}\n', "header"),
+        (header_with(directions=3), "header"),
+        (header_with(model="x"), "header"),
     ],
 )
 def test_what_is_not_a_log_is_refused(tmp_path: Path, content: str, message: str) -> None:

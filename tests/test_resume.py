@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import io
 import json
 import os
 import random
@@ -20,7 +22,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lorica import config, files, runs
+import tiny
+from lorica import config, files, models, runs
 from lorica.adapters import injection
 from lorica.config import TrainConfig
 from lorica.demo import language
@@ -134,6 +137,30 @@ def test_a_run_killed_at_random_steps_ends_the_same(
     assert what_must_agree(run) == expected
 
 
+@pytest.mark.parametrize("kind", ["full", "prefix"])
+def test_a_run_with_the_base_s_own_dropout_goes_on_with_its_draws(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Which come from the global generator: evaluations leave it alone, and a checkpoint keeps it."""
+    with models.quiet():
+        base = tiny.save(tmp_path / "base", "opt")  # dropout 0.1
+    places = [f"model={base}", f"task.path={data / 'topic'}", "task.max_length=100"]
+    sizes = ["batch_size=4", "max_steps=6", "save_steps=2", "task.num_train=16", "task.num_dev=4", "task.num_eval=4"]
+    words = [*places, *sizes, f"adapter.kind={kind}"]
+    whole = losses(train([*words, "base_dropout=true", "eval_steps=3", f"output_dir={tmp_path / 'whole'}"]))
+    assert whole != losses(train([*words, f"output_dir={tmp_path / 'without'}"]))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(fit, "_told", dies_at(5))
+        train([*words, "base_dropout=true", f"output_dir={tmp_path / 'run'}"])
+    torch.manual_seed(1)
+    train([f"resume={tmp_path / 'run'}"])
+    assert losses(tmp_path / "run") == whole
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in files.read_records(run / "training_loss.jsonl")]
+
+
 @pytest.mark.parametrize("moment", ["before the booster file", "before its line", "after its line", "in the fold"])
 @pytest.mark.parametrize("kind", ["xgblora", "adaptive"])
 def test_a_run_killed_inside_a_lay_on_ends_the_same(
@@ -160,21 +187,27 @@ def test_a_run_killed_inside_a_lay_on_ends_the_same(
     assert what_must_agree(run) == expected
 
 
+@pytest.mark.parametrize(("kind", "trainer"), [("xgblora", "backprop"), ("lora", "backprop")])
 def test_a_signal_saves_and_the_run_goes_on(
-    data: Path, tmp_path: Path, unbroken: dict[tuple[str, str], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    tmp_path: Path,
+    unbroken: dict[tuple[str, str], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    trainer: str,
 ) -> None:
-    expected = reference(unbroken, data, tmp_path, "xgblora", "backprop")
+    expected = reference(unbroken, data, tmp_path, kind, trainer)
     run = tmp_path / "run"
     original = fit._told
 
     def told(progress: fit.Progress, *rest: Any) -> fit.Step:
-        if progress.step in (5, 16):  # in a round, and at the end of one
+        if progress.step in (5, 16, 24):  # in a round, at the end of one, and in the run's last step
             os.kill(os.getpid(), signal.SIGTERM)
         return original(progress, *rest)
 
     monkeypatch.setattr(fit, "_told", told)
-    words = words_for(data, run, "xgblora", "backprop")
-    for _ in range(2):
+    words = words_for(data, run, kind, trainer)
+    for _ in range(3):
         with pytest.raises(InterruptedRunError, match="resume=") as caught:
             train(words)
         assert caught.value.exit_code == 143
@@ -229,7 +262,12 @@ def test_resuming_a_finished_run_does_nothing(data: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "key"), [("seed: 0", "seed: 7", "config.seed"), ("rank: 2", "rank: 3", "config.adapter.rank")]
+    ("old", "new", "key"),
+    [
+        ("seed: 0", "seed: 7", "config.seed"),
+        ("rank: 2", "rank: 3", "config.adapter.rank"),
+        ("trainer: backprop", "trainer: zo", "config.trainer"),
+    ],
 )
 def test_a_changed_config_is_told_by_its_key(
     dead: Callable[[int, Path], Path], tmp_path: Path, old: str, new: str, key: str
@@ -242,6 +280,23 @@ def test_a_changed_config_is_told_by_its_key(
     assert "force=true" in str(caught.value)
     if key == "config.seed":
         train([f"resume={run}", "force=true"])
+        return
+    with pytest.raises(ResumeError, match="step 8 does not fit"):
+        train([f"resume={run}", "force=true"])
+
+
+def test_a_checkpoint_of_another_kind_of_device_is_gone_on_from(
+    dead: Callable[[int, Path], Path], tmp_path: Path
+) -> None:
+    """Where a generator's state has another length: a GPU's has 16 bytes."""
+    run = dead(10, tmp_path / "run")
+    snapshot, _ = checkpoints.newest_checkpoint(run / "checkpoints")
+    assert snapshot is not None
+    tensors = {**snapshot.tensors, "generator|dropout|0": torch.zeros(16, dtype=torch.uint8)}
+    checkpoints.save_checkpoint(run / "checkpoints", dataclasses.replace(snapshot, tensors=tensors))
+    said = io.StringIO()
+    runs.train(config.read(TrainConfig, [f"resume={run}"]), Console(file=said, width=500))
+    assert "going on from step 8" in said.getvalue() and "dropout's draws begin anew" in said.getvalue()
 
 
 def test_changed_data_is_told(tmp_path: Path) -> None:
@@ -260,6 +315,8 @@ def test_a_resumed_run_takes_no_other_words(dead: Callable[[int, Path], Path], t
         train([f"resume={run}", "learning_rate=1e-4"])
     with pytest.raises(LoricaError, match="not a run folder"):
         train([f"resume={tmp_path}"])
+    with pytest.raises(ConfigError, match="add resume=RUN"):
+        train(["force=true", f"output_dir={tmp_path / 'new'}"])
 
 
 def test_two_processes_cannot_hold_one_run_folder(tmp_path: Path) -> None:

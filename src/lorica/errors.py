@@ -60,6 +60,10 @@ class DriftError(LoricaError, ArithmeticError):
     """The processes of one run do not hold the same parameters."""
 
 
+class LostProcessError(LoricaError, ConnectionError):
+    """Another process of the run has ended, and its own message says why."""
+
+
 class MissingExtraError(LoricaError, ImportError):
     """An optional library is needed and not installed."""
 

@@ -2,8 +2,9 @@
 
 The first line is the header. A line of what the examples have shown may stand before the steps of a round: a first
 look's, a warm start's. Each step has a line: the float32 weights of its directions, or none if it was not applied; the
-learning rate where it changes; every 100 steps a checksum of what is trained. A boosting round that ends has a line of
-what was decided. The directions themselves follow from the seed and the step (MATH section 3).
+learning rate where it changes, as its eight bytes where its digits are more; every 100 steps a checksum of what is
+trained. A boosting round that ends has a line of what was decided. The directions themselves follow from the seed and
+the step (MATH section 3).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -104,10 +107,10 @@ class ReplayLog:
         if weights is not None:
             line["weights"] = packed(weights)
         if rate != self._rate:
-            line["rate"] = self._rate = rate
+            line["rate"], self._rate = _short(rate), rate
         if checksum is not None:
             line["checksum"] = checksum
-        self._waiting.append(files.record_line(line))
+        self._waiting.append(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
         if len(self._waiting) >= SEGMENT:
             self.flush()
 
@@ -136,7 +139,7 @@ class ReplayLog:
         self.num_rounds = sum("round" in record for record in records)
         for number, record in enumerate(records, 1):
             self._looked |= set(_looked(self.path, number, record["looked"]) if "looked" in record else ())
-        self._rate = next((record["rate"] for record in reversed(records) if "rate" in record), None)
+        self._rate = next((_rate(record["rate"]) for record in reversed(records) if "rate" in record), None)
         if not headers or headers[-1] != header:
             self.before = headers[-1] if headers else None
             files.append_record(self.path, {"step": records[-1]["step"] if records else 0, "header": header})
@@ -180,6 +183,19 @@ def unpacked(text: str) -> tuple[float, ...]:
     return struct.unpack(f"<{len(content) // 4}f", content)
 
 
+def _short(rate: float) -> float | str:
+    """A rate as JSON takes it, exact: as it is or, where that is shorter, its little-endian bytes in base64."""
+    text = base64.b64encode(struct.pack("<d", rate)).decode()
+    return text if len(text) + 2 < len(repr(rate)) else rate
+
+
+def _rate(found: Any) -> float:
+    """The rate of `_short`. Raises ValueError, TypeError or struct.error."""
+    if isinstance(found, str):
+        return float(struct.unpack("<d", base64.b64decode(found, validate=True))[0])
+    return float(found)
+
+
 def checksum(parameters: Mapping[str, Tensor]) -> str:
     """A hash of names and bytes: the same for parameters that are the same, bit for bit."""
     digest = hashlib.sha256()
@@ -206,9 +222,12 @@ def _header(path: Path, record: Any) -> Header:
         found = record.get("format") if isinstance(record, dict) else None
         raise DataError(f"{path} is of format {found!r}, and this lorica replays {FORMAT_VERSION}")
     try:
-        return Header(**record)
+        header = Header(**record)
     except TypeError as error:
         raise DataError(f"{path}: the header is not one of a replay log ({error})") from None
+    if not all(isinstance(each, dict) for each in (header.directions, header.numerics, header.model)):
+        raise DataError(f"{path}: the header is not one of a replay log (directions, numerics, model)")
+    return header
 
 
 def _looked(path: Path, number: int, text: Any) -> dict[str, Tensor]:
@@ -230,9 +249,11 @@ def _taken(path: Path, number: int, record: Mapping[str, Any], rate: float, head
     text, num = record.get("weights"), header.directions.get("num")
     try:
         weights = None if text is None else unpacked(text)
-        rate = float(record.get("rate", rate))
+        rate = _rate(record.get("rate", rate))
     except (ValueError, TypeError, struct.error, binascii.Error):
         raise DataError(f"{path}, line {number}: not a step of a replay log") from None
     if weights is not None and len(weights) != num:
         raise DataError(f"{path}, line {number}: {len(weights)} weights for {num} directions")
+    if not all(map(math.isfinite, (rate, *(weights or ())))):
+        raise DataError(f"{path}, line {number}: a rate or a weight that is no number, which no step had")
     return LoggedStep(record["step"], weights, rate, record.get("checksum"))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def plan(found: Plan) -> Table:
     """What each way to train would hold at once."""
-    table = Table("training", "trainable", "share", "weights", "gradients + state", "peak of a step", "total")
+    table = Table("training", "trainable", "share", "weights", "state", "peak of a step", "total")
     for way in found.ways:
         table.add_row(
             *(way.name, f"{way.num_trainable:,}", f"{way.num_trainable / found.num_parameters:.2%}"),
@@ -23,6 +23,8 @@ def plan(found: Plan) -> Table:
         )
     table.caption = (
         f"{escape(found.model)}: {found.num_parameters:,} parameters; batch {found.batch_size} of {found.length} "
-        f"tokens, {found.dtype}; rank {found.rank} on {found.num_targets} modules"
+        f"tokens, {found.dtype}; rank {found.rank} on {found.num_targets} modules, {found.num_prefix} tokens "
+        "of a prefix; spsa: one direction, one probe in a pass; not counted: kernels' workspaces"
+        + (f"; no prefix: {escape(found.without)}" if found.without else "")
     )
     return table

@@ -140,6 +140,9 @@ class Learning:
                 trainer = StretchTrainer(self, run, interruption, resumed, watchers, log, tracking)
                 outcome = self.tuning.train(run, trainer)
                 trainer.note_rounds()
+                if outcome is not None and interruption.signal:
+                    trainer.save_end()
+                    outcome = None
         if outcome is None:
             raise InterruptedRunError(
                 f"stopped at step {self.progress.step}; go on with: lorica train resume={run.path}", interruption.signal

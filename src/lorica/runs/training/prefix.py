@@ -40,10 +40,18 @@ class PrefixTuning:
         cfg, values = self.learning.cfg, self.first.values
         network = ", made by a network" if cfg.prefix.reparameterize else ""
         begun = "real activations" if cfg.prefix.init == "real_activations" else "a random draw"
-        return [
+        lines = [
             f"prefix by {cfg.trainer}: {self.first.num_tokens} tokens before every prompt in {len(values)} layers, "
             f"{values.numel():,} numbers, begun from {begun}{network}"
         ]
+        # Values enter in the base's dtype: a probe that moves them by less than its gaps measures the rounding alone.
+        size, gap = float(values.square().mean().sqrt()), torch.finfo(self.learning.ready.base.model.dtype).eps
+        if cfg.trainer == "zo" and not cfg.prefix.reparameterize and cfg.zo.epsilon < gap * size:
+            lines.append(
+                f"warning: zo.epsilon={cfg.zo.epsilon:g} is lost in the rounding of model.dtype={cfg.model.dtype}, in "
+                f"which numbers of the prefix's size ({size:.2g}) lie {gap * size:.1g} apart: use zo.epsilon=0.1"
+            )
+        return lines
 
     def num_trainable(self) -> int:
         if not self.learning.cfg.prefix.reparameterize:

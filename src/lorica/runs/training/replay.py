@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
@@ -36,7 +40,7 @@ class Replayed:
 
     num_steps: int
     num_checksums: int
-    compared: str | None  # None where the log does not reach what the run left
+    compared: str | None  # None where the log does not reach what the run left, or nothing at all could be compared
     differs: tuple[int, int] | None
     remarks: Sequence[str]
     folder: Path | None
@@ -51,6 +55,11 @@ class Replayed:
         far = f"{self.num_steps} steps and {self.num_checksums} checksums"
         if self.differs is not None:
             return f"differs: first between steps {self.differs[0]} and {self.differs[1]}, of {far}"
+        if self.compared is None and self.num_checksums == 0:
+            return (
+                f"nothing could be compared: the log's {self.num_steps} steps have no checksum, and reach nothing that "
+                "the run left"
+            )
         if self.compared is None:
             return f"the log ends too early: {far} agree, and what the run left was not reached"
         return f"identical: {far}, and {self.compared}"
@@ -59,9 +68,9 @@ class Replayed:
 def replay(target: str, given: ReplayConfig) -> Replayed:
     """Take a run's steps again without data or forward passes, and write what they lead to, if `output_dir` is given.
 
-    An interrupted run is compared with its newest whole checkpoint. adapter.init=activations looks at the run's first
-    batches, so that it needs the task's data too. Raises MissingPathError for a run without a log, DataError for a log
-    that cannot be read.
+    An interrupted run is compared with its newest whole checkpoint, and a finished one whose outcome was deleted with
+    the hashes in its record. adapter.init=activations looks at the run's first batches, so that it needs the task's
+    data too. Raises MissingPathError for a run without a log, DataError for a log that cannot be read.
     """
     run = results.open_run(target)
     if not run.replay.is_file():
@@ -71,17 +80,18 @@ def replay(target: str, given: ReplayConfig) -> Replayed:
     log, left = read_log(run.replay), _left(run)
     cfg = config.check(TrainConfig, config.read_yaml(run.config))
     cfg = cfg.model_copy(update={"device": given.device or cfg.device})
-    learning = _learning(cfg, log, left)
-    retaking = Retaking(learning, log.steps, left)
     with tempfile.TemporaryDirectory() as scratch:
-        outcome = learning.tuning.train(RunFolder(Path(scratch)), retaking) or learning.tuning.as_it_stands()
+        with _fitting(run.replay):
+            learning = _learning(cfg, log, left)
+            retaking = Retaking(learning, log.steps, left)
+            outcome = learning.tuning.train(RunFolder(Path(scratch)), retaking) or learning.tuning.as_it_stands()
         folder = Path(given.output_dir or f"{scratch}/outcome")
         outcome.write(folder)
         retaking.compare_outcome(folder)
     return Replayed(
         num_steps=len(log.steps),
         num_checksums=retaking.num_checked,
-        compared=left.name if retaking.reached else None,
+        compared=left.name if retaking.reached and (left.is_comparable or retaking.num_checked) else None,
         differs=retaking.differs,
         remarks=_remarks(cfg, learning, log, left),
         folder=Path(given.output_dir) if given.output_dir else None,
@@ -90,12 +100,17 @@ def replay(target: str, given: ReplayConfig) -> Replayed:
 
 @dataclass(frozen=True)
 class Left:
-    """What a run left to compare with: its outcome in a folder, or a checksum in its newest checkpoint."""
+    """What a run left to compare with: its outcome, or a checksum in its newest checkpoint."""
 
     name: str
     step: int
-    folder: Path | None = None
+    is_finished: bool = False  # whether no step was to follow
+    is_outcome: Callable[[Path], bool] | None = None  # whether a folder holds the run's outcome
     checksum: str | None = None
+
+    @property
+    def is_comparable(self) -> bool:
+        return self.is_outcome is not None or self.checksum is not None
 
 
 @dataclass
@@ -136,8 +151,8 @@ class Retaking:
 
     def compare_outcome(self, folder: Path) -> None:
         """Compare what was rebuilt, in a folder, with what the run left in one."""
-        here = self.left.folder
-        if here is not None and self.reached and self.differs is None and not _same_tensors(here, folder):
+        is_outcome = self.left.is_outcome
+        if is_outcome is not None and self.reached and self.differs is None and not is_outcome(folder):
             self.differs = (self.agreed + 1, self.left.step)
 
     def _compare_with_checkpoint(self, trainable: Mapping[str, nn.Parameter]) -> None:
@@ -160,12 +175,25 @@ def _told(logged: LoggedStep) -> Step:
 
 def _left(run: RunFolder) -> Left:
     if run.record.exists():
-        place = next(each for each in (run.adapter, run.model) if each.is_dir())
-        return Left(f"the run's {place.name}", files.read_json(run.trainer_state)["step"], place)
+        return _left_at_its_end(run)
     snapshot, _ = newest_checkpoint(run.checkpoints)
     if snapshot is None:
         return Left("nothing else, for the run left no checkpoint", 0)
+    if snapshot.values["round"] is None:
+        return Left("nothing else, for it was stopped as its last round had ended", snapshot.step, is_finished=True)
     return Left(f"the checkpoint of step {snapshot.step}", snapshot.step, checksum=snapshot.values["checksum"])
+
+
+def _left_at_its_end(run: RunFolder) -> Left:
+    """What a finished run left: its adapter or its model, or where that is gone its hashes in the record."""
+    step = files.read_json(run.trainer_state)["step"]
+    for place in (run.adapter, run.model):
+        if any(place.glob("*.safetensors")):
+            return Left(f"the run's {place.name}", step, True, partial(_same_tensors, place))
+    hashes = _of_weights(files.read_json(run.record).get("artifacts") or {})
+    if not hashes:
+        return Left("nothing else, for what the run left is gone", step, True)
+    return Left("the hashes of what the run left, which is gone", step, True, partial(_has_hashes, hashes))
 
 
 def _learning(cfg: TrainConfig, log: Log, left: Left) -> Learning:
@@ -174,11 +202,23 @@ def _learning(cfg: TrainConfig, log: Log, left: Left) -> Learning:
     if log.header.directions != drawn:
         raise DataError(f"the log's directions are {log.header.directions}, and the config's {drawn}: put that back")
     ready, rows = _with_examples(cfg) if cfg.adapter.init == "activations" else (_bare(cfg, log.header), [])
-    num_steps = len(log.steps) + (left.folder is None)  # a run that went on had begun its next round
+    num_steps = len(log.steps) + (not left.is_finished)  # a run that went on had begun its next round
     as_long = cfg.model_copy(update={"max_steps": num_steps, "num_epochs": None, "max_seconds": None})
     return Learning(
         as_long, ready, {"train": rows}, Console(quiet=True), decided=Decided(log.rounds), looked=log.looked
     )
+
+
+@contextlib.contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Tell where the model cannot take what the examples have shown, as the log has it. Raises DataError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        told = str(error).splitlines()[0]
+        raise DataError(f"{path} holds what the model of this run cannot take ({told})") from error
 
 
 def _with_examples(cfg: TrainConfig) -> tuple[Ready, list[Encoded]]:
@@ -189,7 +229,8 @@ def _with_examples(cfg: TrainConfig) -> tuple[Ready, list[Encoded]]:
 def _bare(cfg: TrainConfig, header: Header) -> Ready:
     """The base model, with a task that has labels and nothing else."""
     kind, num_labels = header.model.get("kind"), header.model.get("num_labels")
-    if kind not in models.CLASSES or not isinstance(num_labels, int) or not 0 < num_labels <= MOST_LABELS:
+    # In a list, since what the header says may have no hash.
+    if kind not in list(models.CLASSES) or not isinstance(num_labels, int) or not 0 < num_labels <= MOST_LABELS:
         raise DataError(f"the log's header says of the base model {dict(header.model)}, which names none")
     device = models.choose_device(cfg.device)
     base = load_base(cfg.model, kind, device, cfg.seed, num_labels)
@@ -203,6 +244,17 @@ def _same_tensors(left: Path, found: Path) -> bool:
     return all((left / name).is_file() and (found / name).is_file() for name in names) and all(
         checksum(load_file(left / name)) == checksum(load_file(found / name)) for name in names
     )
+
+
+def _has_hashes(hashes: Mapping[str, str], folder: Path) -> bool:
+    """Whether the folder's tensors are in files of these hashes."""
+    return _of_weights(results.artifacts(folder, "")) == hashes
+
+
+def _of_weights(artifacts: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> hash of the files that hold tensors, of a record's artifacts."""
+    noted = artifacts.get("files", {}).items()
+    return {Path(name).name: found for name, found in noted if name.endswith(".safetensors")}
 
 
 def _remarks(cfg: TrainConfig, learning: Learning, log: Log, left: Left) -> list[str]:

@@ -64,7 +64,10 @@ def differing(then: Any, now: Any, prefix: str = "") -> list[str]:
 
 
 def _cut_after(step: int, run: RunFolder) -> None:
+    """Leave the lines of what was done until a step, as they are."""
     for path in (run.training_loss, run.eval_loss, run.replay):
         if path.exists():
-            kept = [record for record in files.read_records(path) if record["step"] <= step]
-            files.write_atomic(path, "".join(map(files.record_line, kept)))
+            records = files.read_records(path)
+            lines = (line for line in path.read_bytes().split(b"\n") if line)
+            kept = [line + b"\n" for line, record in zip(lines, records, strict=False) if record["step"] <= step]
+            files.write_atomic(path, b"".join(kept))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.adapters.branches import blocks_of
-from lorica.errors import DriftError, NonFiniteLossError
+from lorica.errors import DriftError, NonFiniteLossError, ResumeError
 from lorica.optim.backprop import BackpropTogether, Estimator, averaged, backprop
 from lorica.optim.compiled import CompiledBlocks
 from lorica.optim.probes import Probing
@@ -58,6 +58,7 @@ class StretchTrainer:
     log: ReplayLog | None = None
     tracking: Tracking | None = None
     owed: bool = False
+    held: Held | None = None
     meter: LossMeter = field(init=False)
     probing: Probing = field(init=False)
     compiled: CompiledBlocks | None = None
@@ -83,6 +84,7 @@ class StretchTrainer:
         stretch.live.set_dropout_generator(generator)
         zeroth_order = zeroth_order_of(cfg, stretch.live, self.probing) if cfg.trainer == "zo" else None
         held = Held(stretch, trainable, optimizer_of(cfg, trainable, zeroth_order), generator, zeroth_order)
+        self.held = held
         self._restore(held)
         if learning.processes.num > 1:
             self._check_agreement(held, learning.progress.step)
@@ -109,6 +111,8 @@ class StretchTrainer:
             max_grad_norm=cfg.max_grad_norm,
             on_step=lambda step: self._after(step, held),
         )
+        if learning.processes.num > 1 and learning.progress.step % SEGMENT:
+            self._check_agreement(held, learning.progress.step)  # what this stretch leaves is not looked at again
         self._check_size(trainable)
         return reason
 
@@ -204,46 +208,82 @@ class StretchTrainer:
             now = learning.tuning.as_it_stands()
             now.write(self.run.best(now.place))
 
+    def save_end(self) -> None:
+        """Keep a run that was stopped in its last step, to be evaluated when it is resumed."""
+        if self.learning.tuning.rounds():
+            self._commit({}, {"round": None})  # the ledger has all of it
+        elif self.held is not None:
+            self._save(self.held)
+
     def _save(self, held: Held) -> None:
         """Let the first process commit a checkpoint that all can go on from."""
-        self.owed, together = False, self.learning.processes
-        generators = together.gathered((held.dropout.get_state(), torch.get_rng_state()))
-        if together.is_first:
-            self._commit(held, generators)
-        together.wait()
-
-    def _commit(self, held: Held, generators: Sequence[tuple[Tensor, Tensor]]) -> None:
-        stretch = held.stretch
+        self.owed, stretch = False, held.stretch
+        device = self.learning.ready.device
+        generators = self.learning.processes.gathered((held.dropout.get_state(), _global_state(device)))
         tensors: dict[str, Tensor] = {**stretch.tensors(), **checkpoints.optimizer_tensors(held.optimizer)}
         for rank, (dropout, everyone) in enumerate(generators):
-            tensors |= {f"generator|dropout|{rank}": dropout, f"generator|torch|{rank}": everyone}
-        values: dict[str, Any] = {
-            "progress": asdict(self.learning.progress),
-            "round": stretch.values(),
-            "best_dev_loss": self.learning.best_dev_loss,
-            "identity": self.learning.identity,
-            "checksum": checksum(held.trainable),
-        }
+            tensors |= {f"generator|dropout|{rank}": dropout, f"generator|{_global_name(device)}|{rank}": everyone}
+        values: dict[str, Any] = {"round": stretch.values(), "checksum": checksum(held.trainable)}
         if held.zeroth_order is not None:
             values |= {"zeroth_order": held.zeroth_order.state(), "meter": self.meter.state()}
-        if self.log is not None:
-            self.log.flush(durable=True)  # before the checkpoint that relies on it
-        snapshot = Snapshot(self.learning.progress.step, tensors, values)
-        checkpoints.save_checkpoint(self.run.checkpoints, snapshot)
+        self._commit(tensors, values)
+
+    def _commit(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Write what is kept of a stretch, with what is kept of the run; all wait until the first process has."""
+        learning = self.learning
+        if learning.processes.is_first:
+            if self.log is not None:
+                self.log.flush(durable=True)  # before the checkpoint that relies on it
+            kept = {
+                "progress": asdict(learning.progress),
+                "best_dev_loss": learning.best_dev_loss,
+                "identity": learning.identity,
+            }
+            snapshot = Snapshot(learning.progress.step, tensors, {**kept, **values})
+            checkpoints.save_checkpoint(self.run.checkpoints, snapshot)
+        learning.processes.wait()
 
     def _restore(self, held: Held) -> None:
-        """Put the checkpoint's state into the first stretch after a resume."""
+        """Put the checkpoint's state into the first stretch after a resume. Raises ResumeError if it does not fit."""
         snapshot, self.resumed = self.resumed.snapshot, Resumed()
         if snapshot is None:
             return
+        try:
+            self._put_back(held, snapshot)
+        except (KeyError, RuntimeError, ValueError) as error:  # a config that was changed, and forced
+            raise ResumeError(
+                f"the checkpoint of step {snapshot.step} does not fit what config.yaml now trains, which force=true "
+                "cannot change: put back what was there"
+            ) from error
+
+    def _put_back(self, held: Held, snapshot: Snapshot) -> None:
         held.stretch.restore(snapshot.tensors, snapshot.values["round"])
         checkpoints.restore_optimizer(held.optimizer, snapshot.tensors)
-        rank = self.learning.processes.rank
-        dropout, everyone = (snapshot.tensors.get(f"generator|{name}|{rank}") for name in ("dropout", "torch"))
-        if dropout is not None:  # a run gone on with by more processes than before begins anew in those
+        cfg, rank, device = self.learning.cfg, self.learning.processes.rank, self.learning.ready.device
+        names = ("dropout", _global_name(device))
+        dropout, everyone = (snapshot.tensors.get(f"generator|{name}|{rank}") for name in names)
+        if dropout is not None and len(dropout) == len(held.dropout.get_state()):
             held.dropout.set_state(dropout)
+        elif dropout is not None and (cfg.adapter.dropout or cfg.base_dropout):  # more processes than before have none
+            self._warn("the checkpoint is of another kind of device: dropout's draws begin anew")
         if held.zeroth_order is not None:
             held.zeroth_order.restore(snapshot.values["zeroth_order"])
             self.meter.restore(snapshot.values["meter"])
-        if self.learning.cfg.base_dropout and everyone is not None:
-            torch.set_rng_state(everyone)
+        if cfg.base_dropout and everyone is not None:
+            _set_global_state(device, everyone)
+
+
+def _global_name(device: str) -> str:
+    """What the global generator that a device's operations draw from is called in a checkpoint."""
+    return "cuda" if device.startswith("cuda") else "torch"
+
+
+def _global_state(device: str) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.startswith("cuda") else torch.get_rng_state()
+
+
+def _set_global_state(device: str, state: Tensor) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

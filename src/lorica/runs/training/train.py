@@ -15,7 +15,7 @@ from rich.console import Console
 from lorica import card, config, files, models, processes, results
 from lorica.config import TrainConfig
 from lorica.config.contradictions import LOW_RANK
-from lorica.errors import ConfigError, NonFiniteLossError
+from lorica.errors import ConfigError, NonFiniteLossError, OutputExistsError
 from lorica.evaluation.evaluate import Evaluation
 from lorica.evaluation.predictions import write_predictions
 from lorica.models import choose_device
@@ -32,6 +32,8 @@ from lorica.runs.training.tracking import Tracking, check, tracked
 from lorica.runs.training.tuning import Outcome
 from lorica.training import sharding
 from lorica.training.interruption import Interruption
+
+LEAST_LENGTH = 8  # tokens that a prefix must leave for a prompt: the least task.max_length
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def train(given: TrainConfig, say: Console) -> Trained:
     nothing is trained, and the base model is evaluated as it is, behind demonstrations if there are any. Raises
     InterruptedRunError after SIGTERM or SIGINT, when a checkpoint has been written.
     """
+    if given.force and given.resume is None:
+        raise ConfigError("force=true is of a run that is gone on with: add resume=RUN, or drop it")
     with processes.joined() as together:
         if given.trainer == "none" and given.resume is None:
             return _shown(given, together, say)
@@ -80,6 +84,8 @@ def _begun(cfg: TrainConfig, together: Processes, say: Console) -> Trained:
     if not together.is_first:
         return _completed(learning, run, Resumed())
     with files.locked_folder(run.path):
+        if run.config.exists():  # another one has come and gone since this one found the folder empty
+            raise OutputExistsError(f"another run has taken {run.path}: name a new folder, nothing is written over")
         files.write_atomic(run.config, config.dump(cfg))
         files.write_json(run.origin, results.origin(cfg.seed, learning.ready.device))
         return _completed(learning, run, start_over(run))
@@ -100,6 +106,8 @@ def _resumed(given: TrainConfig, run: RunFolder, together: Processes, say: Conso
     cfg = config.check(TrainConfig, config.read_yaml(run.config))
     if cfg.trainer == "none":
         raise ConfigError(f"{run.path} trains nothing that could be gone on with: run its config.yaml anew")
+    if given.force:
+        cfg = cfg.resolved()  # a key that was changed may leave others open
     if "device" in given.model_fields_set:
         cfg = cfg.model_copy(update={"device": given.device})
     learning = _prepared(cfg, together, say)
@@ -116,6 +124,11 @@ def _prepared(cfg: TrainConfig, together: Processes, say: Console) -> Learning:
         )
     check_machine(cfg)
     ready = prepare(cfg.model, cfg.task, cfg.device, cfg.seed, num_prefix=cfg.num_prefix)
+    if cfg.num_prefix and ready.max_length < LEAST_LENGTH:
+        raise ConfigError(
+            f"prefix.num_tokens={cfg.num_prefix} takes too many of the {models.longest_input(ready.base)} positions of "
+            f"{cfg.model.name}: leave {LEAST_LENGTH} or more for the prompt"
+        )
     rows = encode_splits(cfg, ready)
     warn_of_fewer(rows, cfg.task, say)
     warn_of_truncation(rows, ready.max_length, say)
@@ -143,6 +156,11 @@ def _is_sharded(cfg: TrainConfig, num_processes: int) -> bool:
             "batch: use zo.objective=accuracy or loss, or one process"
         )
     if cfg.trainer != "backprop":
+        if sharding.is_asked_for():
+            raise ConfigError(
+                f"accelerate is set up for FSDP, and under trainer={cfg.trainer} every process holds the base whole: "
+                "start with torchrun instead"
+            )
         return False
     if not sharding.is_asked_for():
         accelerator(choose_device(cfg.device))  # which refuses what else it may be set up for
