@@ -22,6 +22,29 @@ class Case:
     names_of_options: Sequence[str] = field(default=())
 
 
+# What is right of each task's first row, as it stands behind the prompt.
+RIGHT = {
+    **dict.fromkeys(("boolq", "cb", "multirc", "rte", "wic", "wsc"), "Yes"),
+    **dict.fromkeys(("mnli", "mrpc", "qnli", "qqp", "snli"), " Yes , An animal moves."),
+    **dict.fromkeys(("cr", "mpqa", "mr", "sst2", "sst5"), " great"),
+    "ag_news": " sports",
+    "banking77": " card arrival",
+    "clinc150": " account blocked",
+    "cola": " correct",
+    "copa": " he broke a leg.",
+    "drop": " 5\n",
+    "emotion": " joy",
+    "langid": " German",
+    "record": " Then dog ate.",
+    "snips": " music",
+    "squad": " the dog\n",
+    "squad_v2": "\n",
+    "subj": " subjective",
+    "trec": " human",
+    "winogrande": " Bob ate.",
+}
+
+
 def single(words: Sequence[str], rows: Sequence[Mapping[str, Any]], text: str = "a fine film.", **more: Any) -> Case:
     return Case(rows, f"{text} It was", [f" {word}" for word in words], **more)
 
@@ -35,7 +58,7 @@ THREE = ("Yes", "Maybe", "No")
 CASES = {
     "sst2": single(
         ("terrible", "great"),
-        [{"idx": 0, "sentence": "a fine film.", "label": 1}, {"idx": 1, "sentence": "dull.", "label": 0}],
+        [{"idx": 0, "sentence": "a fine film. ", "label": 1}, {"idx": 1, "sentence": "dull. ", "label": 0}],
         names=("negative", "positive"),
     ),
     "sst5": single(
@@ -258,7 +281,7 @@ CASES = {
             {
                 "title": "Dogs",
                 "context": "Ann fed the dog.",
-                "question": "Who ate?",
+                "question": " Who ate?",
                 "answers": {"text": ["the dog", "dog", "the dog"], "answer_start": [8, 12, 8]},
             },
             {
@@ -293,7 +316,7 @@ CASES = {
         [
             {
                 "passage": "Ann has 3 dogs and Bob 2.",
-                "question": "How many dogs?",
+                "question": "How many dogs? ",
                 "answers_spans": {"spans": ["5", "5 dogs"], "types": ["number", "span"]},
             },
             {

@@ -201,6 +201,37 @@ def test_a_passage_may_go_wholly_and_nothing_but_it(load: Load) -> None:
         rows_of(base, task, least - 1)
 
 
+def test_what_stays_whole_is_not_the_passage_however_long_it_is(load: Load) -> None:
+    base = load("opt")
+    example = Example({"a": "who was " * 9, "b": "x " * 9 + "film"}, 0)
+    task = Task("tiny", "choice", ("no",), ("a",), Prompt("{a} so {b} ?", {"no": "bad"}), (), {"test": [example]})
+    limit = rows_of(base, task, 200)[0].length - 10
+    (cut,) = rows_of(base, replace(task, uncut=("a",)), limit)
+    text = base.tokenizer.decode(cut.prompts[0], skip_special_tokens=True)
+    assert cut.truncated and text.startswith(example.fields["a"]) and text.endswith("film ?") and text.count("x") < 9
+    (other,) = rows_of(base, task, limit)
+    assert base.tokenizer.decode(other.prompts[0], skip_special_tokens=True).endswith(f"so {example.fields['b']} ?")
+
+
+def pair(b: str) -> Task:
+    prompt = Prompt("{a} ? {label} , {b} !", {"no": "rather bad", "yes": "good"})
+    examples = [Example({"a": "who i saw", "b": b}, 1)]
+    return Task("tiny", "choice", ("no", "yes"), ("a", "b"), prompt, (), {"test": examples}, uncut=("a",))
+
+
+def test_a_passage_behind_the_labels_word_is_cut_there(load: Load) -> None:
+    base = load("opt")
+    (whole,), (cut,) = (rows_of(base, pair("x " * 30 + "the end"), limit) for limit in (200, 60))
+    assert cut.truncated and cut.length == 60 and cut.prompts == whole.prompts
+    lost = {len(long) - len(short) for long, short in zip(whole.options, cut.options, strict=True)}
+    assert lost == {whole.length - 60}, "each option is shorter by the same"
+    for option, word in zip(cut.options, ("rather bad", "good"), strict=True):
+        text = base.tokenizer.decode(option)
+        assert text.startswith(f"{word} ,") and text.endswith("x the end !")
+    with pytest.raises(ConfigError, match="finds no room"):
+        rows_of(base, pair("x"), 20)
+
+
 def test_a_question_that_finds_no_room_is_an_error(load: Load) -> None:
     with pytest.raises(ConfigError, match="finds no room"):
         rows_of(load("opt"), passages("x", "the film " * 9), 20)
@@ -239,6 +270,17 @@ def test_a_calibrated_score_is_what_the_prompt_adds(load: Load, family: str, ans
             expected = (alone(base, prompt, option) - alone(base, before, option)) * len(option)
             assert score == pytest.approx(expected, abs=1e-4)
         assert scores[len(row.options) :] == [-float("inf")] * (4 - len(row.options))
+
+
+def test_a_prompt_that_says_nothing_is_the_start_token(load: Load) -> None:
+    base, task = load("gpt2"), replace(own_options("several tokens"), sfc=True)
+    with_start = rows_of(base, task)
+    base.tokenizer.backend_tokenizer.post_processor = type(base.tokenizer.backend_tokenizer.post_processor)(
+        single="$A", pair="$A $B", special_tokens=[]
+    )
+    for row, before in zip(rows_of(base, task), with_start, strict=True):
+        assert row.prompts[0] == before.prompts[0][1:] and row.content_free == before.content_free
+        assert row.content_free is not None and row.content_free.prompts[0] == (base.tokenizer.bos_token_id,)
 
 
 def test_prompts_that_say_nothing_are_encoded_once(load: Load) -> None:

@@ -17,21 +17,22 @@ from rich.console import Console
 from torch import nn
 
 import tiny
-from catalog_cases import CASES
+from catalog_cases import CASES, RIGHT
 from lorica import config, models, runs
 from lorica.adapters import injection
 from lorica.config import EvaluateConfig, TrainConfig
 from lorica.errors import ConfigError, DataError, UnknownNameError
-from lorica.evaluation.evaluate import evaluate
-from lorica.evaluation.predictions import write_predictions
+from lorica.evaluation.evaluate import Evaluation, evaluate
+from lorica.evaluation.predictions import read_values, write_predictions
 from lorica.models import Base
 from lorica.optim.backprop import backprop
 from lorica.runs.ready import train_as_of
-from lorica.tasks.base import Task, TrainAs
+from lorica.tasks.base import Example, Prompt, Task, TrainAs
 from lorica.tasks.batching import Batch, collate
 from lorica.tasks.objectives import LossModule
-from lorica.tasks.prompting import ask, encode, fields_of
+from lorica.tasks.prompting import Choice, ask, encode
 from lorica.tasks.sources import CATALOG, load_task
+from lorica.tasks.templates import fields_of
 from lorica.training.fit import MAX_STEPS, fit
 
 MAX_LENGTH = 300
@@ -82,11 +83,13 @@ def test_every_task_has_a_case() -> None:
 @every_task
 def test_a_task_is_asked_as_the_field_asks_it(from_hub: Loader, name: str) -> None:
     case, task = CASES[name], from_hub(name)
-    asked = ask(task, task.splits["train"][0])
+    first = task.splits["train"][0]
+    asked = ask(task, first)
     assert asked.prompt == case.prompt
     expected = case.options or [f" {word}" for word in case.names_of_options]
     assert set(expected) <= set(asked.options)
     assert not case.options or list(asked.options) == list(case.options)
+    assert asked.options[first.label] == RIGHT[name]
 
 
 @every_task
@@ -110,6 +113,9 @@ def test_a_task_is_read_trained_on_and_evaluated(
     table = pyarrow.parquet.read_table(tmp_path / "predictions.parquet").to_pylist()
     assert [row["prediction"] for row in table] == list(found.answers or ())
     assert all(row["golds"] and row["prompt"] for row in table)
+    for metric, score in found.metrics.items():
+        values = read_values(tmp_path / "predictions.parquet", metric)
+        assert values is None if metric in ("macro_f1", "f1a") else values.mean() == pytest.approx(score.value)
 
 
 def _assert_a_step_lowers_the_loss(
@@ -204,17 +210,52 @@ def test_an_answer_of_several_spans_is_written_with_commas(tmp_path: Path) -> No
     assert task.kind == "generation" and ask(task, task.splits["train"][0]).options == (" 3-yard, 2-yard\n",)
 
 
+def test_an_answer_of_several_spans_keeps_its_value(tmp_path: Path) -> None:
+    """As one text "c, a b" is not "a b, c"; as spans it is."""
+    example, metrics = Example({"text": "x"}, 0, golds=(("a b", "c"), ("d",))), ("drop_f1", "drop_exact_match")
+    task = Task("tiny", "generation", (), ("text",), Prompt("{text}"), metrics, {"test": [example]}, "lm")
+    found = Evaluation("tiny", "test", 1.0, {}, 0, torch.zeros(1, 1), ("c, a b",))
+    write_predictions(tmp_path / "p.parquet", task, [Choice(((1,),), ((2,),), 0, example=example)], found)
+    values = [read_values(tmp_path / "p.parquet", metric) for metric in metrics]
+    assert values[0] == [1.0] and values[1] == [1.0]
+
+
 @pytest.mark.parametrize("name", ["copa", "record", "squad"])
 def test_a_task_without_labels_is_no_heads(name: str) -> None:
     with pytest.raises(ConfigError, match="it goes by prompt"):
         load_task(name, kind="classification")
 
 
-def test_a_story_none_of_whose_names_is_right_is_named(tmp_path: Path) -> None:
-    row = {"passage": "P", "query": "@placeholder ate", "entities": ["Ann"], "answers": ["Bob"]}
+STORY = {"passage": "P", "query": "@placeholder ate", "entities": ["Ann"], "answers": ["Ann"]}
+COPA = {"premise": "P.", "choice1": "A.", "choice2": "B.", "question": "effect", "label": 0}
+SUM = {"passage": "P", "question": "Q?"}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "told"),
+    [
+        ("record", {**STORY, "answers": ["Bob"]}, "none of its 1 options"),
+        ("record", {**STORY, "query": "who ate?"}, "no @placeholder"),
+        ("record", {**STORY, "entities": "Ann"}, "entities must be a list"),
+        ("copa", {**COPA, "question": "why"}, "'why', and must be effect or cause"),
+        ("copa", {**COPA, "premise": None}, "no column 'premise'"),
+        ("winogrande", {"sentence": "Ann ate.", "option1": "A", "option2": "B", "label": "1"}, "no gap"),
+        ("multirc", {"paragraph": "P", "questions": [{"question": "Q?", "answers": ["one"]}]}, "cannot be read"),
+        ("multirc", {"questions": [{"question": "Q?", "answers": [["one", 1]]}]}, "no column 'paragraph'"),
+        ("drop", {**SUM, "answers": []}, "no right answer"),
+        ("drop", {**SUM, "answers_spans": {"spans": []}}, "no right answer"),
+        ("drop", {**SUM, "answers": "12"}, "answers must be a list"),
+        ("drop", {**SUM, "answers": [["3", "4"]]}, "answers must be a list"),
+        ("squad", {**SUM, "title": "T", "context": "C", "answers": "12"}, "cannot be read"),
+        ("squad", {**SUM, "title": "T", "context": "C", "answers": {"text": "12"}}, "text must be a list"),
+    ],
+)
+def test_a_row_that_makes_no_question_is_named(tmp_path: Path, name: str, row: Any, told: str) -> None:
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 8)
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 1: none of its 1 options"):
-        load_task("record", kind="choice", more_files={"train": str(tmp_path / "rows.jsonl")})
+    with pytest.raises(DataError) as caught:
+        load_task(name, kind="choice", more_files={"train": str(tmp_path / "rows.jsonl")})
+    message = str(caught.value)
+    assert message.count("rows.jsonl, line 1: ") == 1 and told in message and "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -252,6 +293,59 @@ def test_a_whole_run_leaves_its_predictions(tmp_path: Path, base: Base, name: st
     again = runs.evaluate_target(str(trained.run.path), config.read(EvaluateConfig, []))
     assert again.as_record() == trained.evaluation.as_record()
     assert pyarrow.parquet.read_table(trained.run.predictions("test")).to_pylist() == kept
+
+
+BAD = {"negative": "bad", "positive": "good"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("sst2", {"kind": "classification", "template": "{text} so"}, "task.template is of a prompt"),
+        ("sst2", {"kind": "classification", "prompt": "default"}, "task.prompt is of a prompt"),
+        ("sst2", {"kind": "classification", "verbalizer": BAD}, "task.verbalizer is of a prompt"),
+        ("sst2", {"verbalizer": {**BAD, "negativ": "x"}}, "'negativ': did you mean negative"),
+        ("sst2", {"verbalizer": {**BAD, "positive": "bad"}}, "'bad' for 'negative' and for 'positive'"),
+        ("sst2", {"verbalizer": {**BAD, "positive": " "}}, "no word for the label 'positive'"),
+        ("copa", {"verbalizer": {"choice1": "a", "choice2": "b"}}, "copa's answers are its examples' own"),
+        ("squad", {"template": "{context} {label} so"}, "task.template has {label}"),
+        ("squad", {"labels": ["a", "b"]}, "task.labels names labels"),
+    ],
+)
+def test_what_a_task_would_not_use_is_refused(from_hub: Loader, name: str, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_hub(name, **options)
+    assert told in str(caught.value)
+
+
+def test_every_labels_word_is_its_own() -> None:
+    for name in CATALOG.names():
+        for prompt in CATALOG.load(name, "TASK").prompts.values():
+            assert len({*prompt.verbalizer.values()}) == len(prompt.verbalizer), name
+
+
+def test_a_template_of_ones_own_says_nothing_in_what_ends_it(from_hub: Loader) -> None:
+    own = from_hub("sst2", template="{text} The {{film}} is {label} !", sfc=True).prompt
+    assert own is not None and own.content_free == " The {film} is"
+    assert from_hub("sst2", template="{text}", sfc=True).prompt.content_free == ""  # type: ignore[union-attr]
+    assert from_hub("sst2", sfc=True).prompt.content_free == " It was"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "label", "out"),
+    [
+        ("snli", {"a": "A", "b": "B"}, 1, -1),
+        ("snli", {"a": "A", "b": "B"}, "neutral", "-"),
+        ("clinc150", {"text": "T"}, "alarm", "oos"),
+    ],
+)
+def test_rows_that_are_none_of_the_tasks_are_left_out_of_files_too(
+    tmp_path: Path, name: str, fields: dict[str, str], label: Any, out: Any
+) -> None:
+    rows = [{**fields, "label": each} for each in (label, out, label, out) * 4]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task(name, kind="choice", more_files={"train": str(tmp_path / "rows.jsonl")}, num_dev=2, num_eval=2)
+    assert sum(map(len, task.splits.values())) == 8
 
 
 def test_the_docs_table_is_the_catalogs() -> None:

@@ -19,9 +19,9 @@ from lorica import card, cli, config, files, models, runs, tables
 from lorica.adapters import injection, peft_format
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.delta import LowRank
-from lorica.config import EvaluateConfig
+from lorica.config import EvaluateConfig, ModelConfig, TrainConfig
 from lorica.demo import language
-from lorica.errors import LoricaError
+from lorica.errors import ConfigError, LoricaError
 from lorica.evaluation.branches import score_branches
 from lorica.evaluation.evaluate import Evaluation
 from lorica.evaluation.matrix import Cell, Matrix
@@ -30,6 +30,8 @@ from lorica.evaluation.scoring import score_all
 from lorica.models import Base
 from lorica.runs import ready as ready_module
 from lorica.runs.evaluating import matrix_bench
+from lorica.runs.evaluating.asked_tasks import asked_tasks, told_apart_by
+from lorica.runs.evaluating.targets import Target
 from lorica.runs.ready import Ready
 from lorica.tasks.base import Example, Prompt, Task
 
@@ -200,6 +202,52 @@ def test_a_named_task_is_a_runs_own_or_read_from_its_folder(home: Path) -> None:
     assert [cell.evaluation.split for cell in read.cells if cell.evaluation] == ["dev", "dev"]
 
 
+def test_a_task_is_one_however_it_is_written() -> None:
+    def trained(*words: str) -> Target:
+        return Target(ModelConfig(name="demo"), cfg=config.read(TrainConfig, ["model=demo", *words]))
+
+    sets = trained("task=SST-2", "task.path=x"), trained("task=sst_2", "task.path=x"), trained("task.path=y/topic")
+    (sst2,) = asked_tasks(sets, EvaluateConfig(tasks=["sst2"]))
+    assert (sst2.name, sst2.task.name, sst2.task.path) == ("sst2", "sst2", "x")
+    assert [each.name for each in asked_tasks(sets, EvaluateConfig())] == ["sst2", "topic"]
+    asked = asked_tasks(sets, EvaluateConfig(tasks=["Topic", "ag_news", "AG-News"]))
+    assert [each.task.path for each in asked] == ["y/topic", None]  # a folder is what it is called, and no alias
+    assert told_apart_by(sets[0].cfg.task) == told_apart_by(sst2.task) != told_apart_by(asked[0].task)  # type: ignore[union-attr]
+
+
+def test_a_run_alone_may_be_asked_less_of_its_own_task(home: Path) -> None:
+    kept = (home / "topic" / "predictions_test.parquet").read_bytes()
+    found = runs.evaluate_target(str(home / "topic"), config.read(EvaluateConfig, ["task.num_eval=7"]))
+    assert (found.task, found.metrics["accuracy"].n) == ("topic", 7)
+    assert (home / "topic" / "predictions_test.parquet").read_bytes() == kept
+    assert pyarrow.parquet.read_metadata(home / "topic" / "predictions_topic_test.parquet").num_rows == 7
+
+
+def test_a_head_alone_is_asked_no_task_of_other_labels(home: Path) -> None:
+    words = [f"task.path={home / 'data' / 'topic'}", "task.name=other", "task.kind=classification", "task.num_eval=5"]
+    found = runs.evaluate_target(str(home / "head"), config.read(EvaluateConfig, words))
+    assert (found.task, found.metrics["accuracy"].n) == ("other", 5)
+    with pytest.raises(ConfigError, match="its head is of topic, which has the labels world"):
+        runs.evaluate_target(
+            str(home / "head"), config.read(EvaluateConfig, [*words, "task.labels=[sports, world, business, science]"])
+        )
+
+
+@pytest.mark.parametrize("words", [["task.num_train=5"], ["task.demonstrations=per_example", "split=train"]])
+def test_an_evaluation_that_would_show_demonstrations_is_refused(home: Path, words: list[str]) -> None:
+    path = f"task.path={home / 'data' / 'topic'}"
+    with pytest.raises(ConfigError, match="trainer=none"):
+        runs.evaluate_target(str(home / "topic"), config.read(EvaluateConfig, [path, *words]))
+    with pytest.raises(ConfigError, match="trainer=none"):
+        matrix(home, ("topic", "base"), path, *words)
+
+
+def test_a_matrix_of_train_looks_at_what_each_run_trained_on(home: Path) -> None:
+    found = matrix(home, ("topic", "again"), "split=train")
+    assert found.columns == ("topic", "topic-2")
+    assert [cell.score.n for cell in found.row("topic") if cell.score] == [40, 60]
+
+
 def test_a_head_is_asked_its_own_task_alone_and_the_other_cells_say_why(home: Path) -> None:
     found = matrix(home, ("head", "merged-head", "head/adapter", "base", "sentiment"))
     reasons = {(cell.row, cell.column): cell.reason for cell in found.cells}
@@ -324,11 +372,17 @@ def test_bad_input_is_one_line_and_writes_nothing(home: Path, words: list[str], 
     assert not Path("artifacts").exists() and not Path("out").exists()
 
 
-def cell(row: str, column: str, value: float | None, higher: bool = True) -> Cell:
+def cell(row: str, column: str, value: float | None, higher: bool = True, cut: int = 0) -> Cell:
     if value is None:
         return Cell(row, column, reason=f"no head for [{column}]")
     score = Score(value, value - 0.1, value + 0.1, 50, higher)
-    return Cell(row, column, Evaluation(column, "dev", 1.0, {"accuracy": score}, 0), 0.5)
+    return Cell(row, column, Evaluation(column, "dev", 1.0, {"accuracy": score}, cut), 0.5)
+
+
+def test_the_table_says_how_many_examples_were_cut() -> None:
+    cells = (cell("a", "x", 0.5, cut=6), cell("a", "y", 0.3), cell("b", "x", 0.7, cut=6), cell("b", "y", 0.4, cut=2))
+    _, *lines = tables.matrix(Matrix(Path(), ("a", "b"), ("x", "y"), cells), 120)
+    assert lines == ["examples that were cut to what the model reads: 6 of x, 2 of y (b)"]
 
 
 def test_the_table_marks_the_best_and_shows_intervals_where_there_is_room() -> None:

@@ -17,7 +17,7 @@ from lorica.errors import ConfigError, LoricaError
 from lorica.runs import Trained
 from lorica.runs.ready import prepare
 from lorica.tasks.base import Example
-from lorica.tasks.demonstrations import demonstrated, solved
+from lorica.tasks.demonstrations import demonstrated, sets_of, solved
 
 NUM = 5
 
@@ -62,6 +62,23 @@ def test_a_set_for_each_example_is_drawn_by_the_seed(data: Path) -> None:
     assert len({prompt.rpartition("\n\n")[0] for prompt in first}) == len(first)
 
 
+def test_a_set_for_each_example_holds_each_label_by_its_share() -> None:
+    pool = [Example({"text": str(number)}, number % 2) for number in range(40)]
+    for stratified in (True, False):
+        sets = sets_of(pool, 4, 20, seed=0, stratified=stratified)
+        assert {len({each.fields["text"] for each in shown}) for shown in sets} == {4}
+        assert ({sum(each.label for each in shown) for shown in sets} == {2}) == stratified
+
+
+@pytest.mark.parametrize("demonstrations", ["0", str(NUM)])
+def test_a_head_of_random_numbers_is_asked_nothing(data: Path, demonstrations: str) -> None:
+    words = ["model=demo", "model.kind=classification", f"task.path={data}"]
+    with pytest.raises(ConfigError, match="demo has no head for topic"):
+        runs.evaluate_target(None, config.read(EvaluateConfig, words))
+    with pytest.raises(ConfigError, match="demo has no head for topic"):
+        shown(data, "model.kind=classification", "--num_train", demonstrations)
+
+
 def test_demonstrations_that_find_no_room_are_left_out_whole_and_counted(data: Path) -> None:
     cfg = config.read(TrainConfig, ["model=demo", f"task.path={data}"])
     ready = prepare(cfg.model, cfg.task, "cpu", 0)
@@ -86,6 +103,17 @@ def test_demonstrations_that_find_no_room_are_left_out_whole_and_counted(data: P
     assert all(row.length > limit for row in ready.encoded(one_more))
     none, dropped = put(ready, asked, pool, bare)
     assert [each.opening for each in none].count("") >= 1 and dropped > 0
+
+
+def test_a_demonstration_longer_than_the_model_reads_is_no_warning(data: Path) -> None:
+    """transformers notes what it has warned of in the tokenizer; what is too long is left out, and told by us."""
+    cfg = config.read(TrainConfig, ["model=demo", f"task.path={data}"])
+    ready = prepare(cfg.model, cfg.task, "cpu", 0)
+    ready.base.tokenizer.model_max_length = 4
+    put(ready, ready.task.splits["test"][:2], ready.task.splits["train"][:NUM], 64)
+    assert not any(ready.base.tokenizer.deprecation_warnings.values())
+    ready.base.tokenizer("what is longer than it reads")
+    assert any(ready.base.tokenizer.deprecation_warnings.values())
 
 
 def put(ready: Any, asked: Any, pool: Any, max_length: int) -> tuple[list[Example], int]:

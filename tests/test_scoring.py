@@ -18,7 +18,8 @@ from lorica.models import Base
 from lorica.tasks import batching, objectives
 from lorica.tasks.base import Example, Prompt, Task
 from lorica.tasks.batching import Batch, ChoiceBatch, collate
-from lorica.tasks.prompting import Choice, Classified, Encoded, encode, option_texts, render
+from lorica.tasks.prompting import Choice, Classified, Encoded, encode
+from lorica.tasks.templates import option_texts, render
 
 Load = Callable[..., Base]
 

@@ -17,8 +17,8 @@ from lorica.errors import ConfigError, DataError, LoricaError, MissingPathError,
 from lorica.runs.training.learning import warn_of_fewer
 from lorica.tasks import base
 from lorica.tasks.base import SPLITS, Prompt, draw, subset
-from lorica.tasks.prompting import option_texts, render
 from lorica.tasks.sources import CATALOG, load_task
+from lorica.tasks.templates import option_texts, render
 
 ROWS = [{"text": f"text {i}", "label": i % 2} for i in range(40)]
 
@@ -118,6 +118,20 @@ def test_a_hub_data_set_is_read_through_datasets(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(datasets, "load_dataset", stored)
     task = load_task("hub:someone/reviews", kind="classification")
     assert task.labels == ("bad", "good") and len(task.splits["test"]) == 40
+
+
+@pytest.mark.parametrize(("label", "size"), [(-1, 40), (1, 3)])
+def test_a_hub_test_split_is_the_test_split_unless_its_labels_are_withheld(
+    monkeypatch: pytest.MonkeyPatch, label: int, size: int
+) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list(ROWS)
+    tested = datasets.Dataset.from_list([{"text": "x", "label": label}] * 3)
+    found = datasets.DatasetDict({"train": rows, "validation": rows, "test": tested})
+    monkeypatch.setattr(datasets, "load_dataset", lambda repository, config: found)
+    task = load_task("hub:someone/reviews:some", kind="classification", labels=["bad", "good"])
+    assert (len(task.splits["test"]), len(task.splits["dev"])) == (size, 20 if label == -1 else 40)
 
 
 def test_missing_splits_are_cut_from_train_without_overlap(tmp_path: Path) -> None:

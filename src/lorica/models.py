@@ -69,6 +69,11 @@ class Base:
         """Modules that no preset adapts: heads and the output embedding."""
         return (*self.heads, *output_embedding(self.model))
 
+    @property
+    def has_drawn_head(self) -> bool:
+        """Whether its task head is of random numbers, since its checkpoint has none."""
+        return any(name.startswith(f"{head}.") for head in self.heads for name in self.new)
+
 
 def load(
     name: str,

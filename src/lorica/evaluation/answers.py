@@ -68,7 +68,9 @@ def drop_agreement(spans: Sequence[str], gold: Sequence[str]) -> tuple[float, fl
 
 
 def _texts(golds: Sequence[Gold]) -> list[str]:
-    return [", ".join(gold) for gold in golds]
+    """The right answers; one of which nothing stays normalised is none, as SQuAD has it, unless all are."""
+    texts = [", ".join(gold) for gold in golds]
+    return [text for text in texts if normalised(text)] or [""]
 
 
 def _word_f1(answer: Sequence[str], gold: Sequence[str]) -> float:

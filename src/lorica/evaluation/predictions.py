@@ -20,7 +20,8 @@ def write_predictions(path: Path, task: Task, rows: Sequence[Encoded], found: Ev
     """One row an example, in the split's order, replacing `path`.
 
     Columns: `fields` (a struct of the example's texts), `prompt` (null under a head), `options` with their `scores`
-    (null where the answer was written), `prediction`, `golds` (every right answer) and `truncated`.
+    (null where the answer was written), `prediction`, `golds` (every right answer), `values` (a struct: what the
+    example adds to each metric that is a mean over examples) and `truncated`.
     """
     import pyarrow
     import pyarrow.parquet
@@ -43,12 +44,27 @@ def _rows(task: Task, rows: Sequence[Encoded], found: Evaluation) -> Iterator[di
             "scores": scores[: len(options)] if chosen else None,
             "prediction": answer,
             "golds": _golds(example, options),
+            "values": _values(task, example, answer, options),
             "truncated": row.truncated,
         }
 
 
 def _golds(example: Example, options: Sequence[str]) -> list[str]:
     return [", ".join(gold) for gold in example.golds] or [options[example.label]]
+
+
+def _values(task: Task, example: Example, answer: str, options: Sequence[str]) -> dict[str, float]:
+    return {
+        name: ANSWER_METRICS[name](answer, example.golds)
+        if name in ANSWER_METRICS
+        else float(answer in _golds(example, options))
+        for name in task.metrics
+        if _is_mean(name)
+    }
+
+
+def _is_mean(metric: str) -> bool:
+    return metric == "accuracy" or metric in ANSWER_METRICS
 
 
 def read_values(path: Path, metric: str) -> Array | None:
@@ -58,8 +74,12 @@ def read_values(path: Path, metric: str) -> Array | None:
     """
     import pyarrow.parquet
 
-    if metric != "accuracy" and metric not in ANSWER_METRICS:
+    if not _is_mean(metric):
         return None
+    if "values" in pyarrow.parquet.read_schema(path).names:
+        rows = pyarrow.parquet.read_table(path, columns=["values"]).to_pylist()
+        return np.array([row["values"][metric] for row in rows])
+    # A file from before there were values does not say where one span of an answer ends.
     rows = pyarrow.parquet.read_table(path, columns=["prediction", "golds"]).to_pylist()
     if metric == "accuracy":
         return np.array([row["prediction"] in row["golds"] for row in rows], dtype=float)

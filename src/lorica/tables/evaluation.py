@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorica.evaluation.matrix import Cell, Matrix
 
 EMPTY = "–"
+CUT = "examples that were cut to what the model reads"
 ANY_WIDTH = 10_000  # characters: more than any table needs
 
 
@@ -38,18 +39,19 @@ def evaluations(found: Sequence[tuple[str, Evaluation]]) -> Table:
         )
     cut = [f"{run.num_truncated} of {escape(run.task)} ({escape(name)})" for name, run in found if run.num_truncated]
     if cut:
-        table.caption = f"examples that were cut to what the model reads: {', '.join(cut)}"
+        table.caption = f"{CUT}: {', '.join(cut)}"
     return table
 
 
 def matrix(found: Matrix, width: int) -> list[Table | str]:
     """A row for each target, a column for each task: the first metric, the best in bold, and why a cell is empty.
 
-    The 95 % intervals are shown where the table then stays within `width` characters.
+    The 95 % intervals are shown where the table then stays within `width` characters. Below it stands of how many
+    examples a part was cut off.
     """
     whole = _matrix(found, with_intervals=True)
     fits = Console(width=ANY_WIDTH).measure(whole).maximum <= width
-    return [whole if fits else _matrix(found, with_intervals=False), *_reasons(found)]
+    return [whole if fits else _matrix(found, with_intervals=False), *_cut(found), *_reasons(found)]
 
 
 def _matrix(found: Matrix, *, with_intervals: bool) -> Table:
@@ -77,6 +79,22 @@ def _cell(cell: Cell, best: float | None, with_interval: bool) -> str:
     value = f"{score.value:.4f}"
     interval = escape(f" [{score.low:.3f}, {score.high:.3f}]") if with_interval else ""
     return f"[bold]{value}[/]{interval}" if score.value == best else f"{value}{interval}"
+
+
+def _cut(found: Matrix) -> list[str]:
+    """A line on all tasks that lost something, with the targets that did where others did not, or lost less."""
+    rows: dict[tuple[str, int], list[str]] = {}
+    asked: dict[str, int] = {}
+    for cell in found.cells:
+        if cell.evaluation is not None:
+            rows.setdefault((cell.column, cell.evaluation.num_truncated), []).append(cell.row)
+            asked[cell.column] = asked.get(cell.column, 0) + 1
+    told = [
+        f"{count} of {column}" + ("" if len(names) == asked[column] else f" ({', '.join(names)})")
+        for (column, count), names in rows.items()
+        if count
+    ]
+    return [escape(f"{CUT}: {', '.join(told)}")] if told else []
 
 
 def _reasons(found: Matrix) -> list[str]:

@@ -68,7 +68,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Hub:
-    """Where a task lives on the hub: `columns` maps our field to theirs, `splits` our split to theirs.
+    """Where a task lives on the hub: `columns` maps our field to theirs, `splits` our split to theirs, if not as usual.
 
     `labels` are our names for their label numbers, where theirs are others. Rows whose label is `left_out`, by their
     name or number, are none of the task's: unlabelled pairs, questions of no class.
@@ -90,10 +90,13 @@ class TaskSpec:
     What a row of the data needs beside its columns:
 
     - `rows` gives the examples that one row holds (MultiRC's answers to its questions).
+    - `stripped` are the fields that are asked without the white space around them.
     - `prepare` may add fields that a template needs (BoolQ's capitalised question).
     - `options` are what may follow an example's prompt, where that is not the label words.
     - `golds` are the answers that count as right; with them a row has no label.
 
+    What these functions raise as KeyError, TypeError, ValueError or AttributeError is told as the row's fault.
+    `uncut` are the fields that no prompt loses a token of: a question, an answer.
     `max_new_tokens` is the length of an answer that is generated, and 0 where none is. With `labels_vary` the data may
     hold some of the labels alone, and says which.
     """
@@ -103,11 +106,13 @@ class TaskSpec:
     prompts: Mapping[str, Prompt]
     hub: Hub | None = None
     rows: Callable[[Mapping[str, Any]], Iterable[dict[str, Any]]] | None = None
+    stripped: tuple[str, ...] = ()
     prepare: Callable[[Mapping[str, str]], Mapping[str, str]] | None = None
     options: Callable[[Mapping[str, Any]], Sequence[Option]] | None = None
     golds: Callable[[Mapping[str, Any]], Sequence[Gold]] | None = None
     metrics: tuple[str, ...] = ("accuracy", "macro_f1")
     train_as: TrainAs = "classification"
+    uncut: tuple[str, ...] = ()
     max_new_tokens: int = 0
     labels_vary: bool = False
     source: str = ""
@@ -127,7 +132,8 @@ class TaskSpec:
 class Task:
     """A task ready to run: every split's examples, and how it is asked. `train_as` is its natural loss.
 
-    With `sfc` an option's score is what the prompt adds to it: surface-form calibration.
+    With `sfc` an option's score is what the prompt adds to it: surface-form calibration. `uncut` are the fields that no
+    prompt loses a token of.
     """
 
     name: str
@@ -140,6 +146,7 @@ class Task:
     train_as: TrainAs = "classification"
     max_new_tokens: int = 0
     sfc: bool = False
+    uncut: tuple[str, ...] = ()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -151,6 +158,14 @@ class Task:
                 row = [split, dict(example.fields), example.label, *(more if any(more) else ())]
                 digest.update(json.dumps(row).encode())
         return digest.hexdigest()[:16]
+
+
+def texts_in(row: Mapping[str, Any], column: str) -> list[str]:
+    """The texts, or numbers, of the list in a column. Raises TypeError for anything else that stands there."""
+    found = row[column]
+    if isinstance(found, str) or not all(isinstance(each, str | int | float) for each in found):
+        raise TypeError(f"{column} must be a list of texts")
+    return [str(each) for each in found]
 
 
 def complete_splits(

@@ -7,16 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 from lorica import randomness
-from lorica.tasks.base import Example, Task
+from lorica.tasks.base import Example, Task, draw
 from lorica.tasks.prompting import Choice, ask, encode
 
 UNBOUNDED = 1 << 30  # tokens
 
 
-def sets_of(pool: Sequence[Example], size: int, num_examples: int, *, seed: int) -> list[list[Example]]:
-    """A set of demonstrations for each of `num_examples`, each drawn anew from the pool."""
+def sets_of(
+    pool: Sequence[Example], size: int, num_examples: int, *, seed: int, stratified: bool = False
+) -> list[list[Example]]:
+    """A set of demonstrations for each of `num_examples`, each drawn anew from the pool.
+
+    Stratified, each holds each label's share.
+    """
+    labels = [each.label for each in pool]
     generators = (randomness.python_generator(seed, "demonstrations", number) for number in range(num_examples))
-    return [generator.sample(list(pool), size) for generator in generators]
+    return [[pool[index] for index in draw(labels, size, generator, stratified)] for generator in generators]
 
 
 def demonstrated(
@@ -33,7 +39,9 @@ def demonstrated(
     Demonstrations are joined by blank lines. Where they are too long, the first ones are left out.
     """
     texts = {id(each): solved(task, each) for those in sets for each in those}
-    sizes = {key: len(tokenizer(text, add_special_tokens=False)["input_ids"]) for key, text in texts.items()}
+    sizes = {
+        key: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for key, text in texts.items()
+    }
     kept = [_about_fitting([sizes[id(each)] for each in those], max_length) for those in sets]
     done = list(examples)
     waiting = list(range(len(examples)))

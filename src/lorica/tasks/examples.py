@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from lorica.errors import DataError
 from lorica.tasks.base import Example, Gold, Option, Prompt, TaskSpec
-from lorica.tasks.prompting import fields_of
 from lorica.tasks.rows import Row
+from lorica.tasks.templates import fields_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def read_examples(rows: Sequence[Row], reading: Reading) -> list[Example]:
     """Every row's example, or examples. Raises DataError for a column or a label that a row lacks."""
     spread = reading.spec.rows if reading.spec else None
     if spread is not None:
-        rows = [(place, cells) for place, row in rows for cells in spread(row)]
+        rows = [(place, cells) for place, row in rows for cells in _spread(place, row, spread)]
     return [_checked(place, _example(place, cells, reading), reading) for place, cells in rows]
 
 
@@ -54,8 +55,11 @@ def _example(place: str, cells: Mapping[str, Any], reading: Reading) -> Example:
     }
     if spec is None:
         return Example(fields, label)
+    fields |= {name: fields[name].strip() for name in spec.stripped if name in fields}
     if spec.prepare is not None:
-        fields = dict(spec.prepare(_with_all(place, fields, spec.texts)))
+        whole = _with_all(place, fields, spec.texts)
+        with _faults_told(place, cells):
+            fields = dict(spec.prepare(whole))
     return _with_answers(place, Example(fields, label), cells, spec)
 
 
@@ -63,13 +67,11 @@ def _with_answers(place: str, example: Example, cells: Mapping[str, Any], spec: 
     """The example with its own options and right answers, where the task has such."""
     if spec.options is None and spec.golds is None:
         return example
-    try:
+    with _faults_told(place, cells):
         options: Sequence[Option] = spec.options({**cells, **example.fields}) if spec.options else ()
         golds: Sequence[Gold] = spec.golds(cells) if spec.golds else ()
-    except (KeyError, TypeError) as error:
-        raise DataError(
-            f"{place}: its options or answers cannot be read ({error}): it has {', '.join(cells)}"
-        ) from None
+    if spec.golds is not None and not all((golds, *golds)):
+        raise DataError(f"{place}: no right answer stands there")
     whole = Example(example.fields, example.label, tuple(options), tuple(golds))
     if not options or not golds:
         return whole
@@ -77,6 +79,24 @@ def _with_answers(place: str, example: Example, cells: Mapping[str, Any], spec: 
     if not right:
         raise DataError(f"{place}: none of its {len(options)} options is one of its right answers")
     return Example(example.fields, right[0], whole.options, whole.golds)
+
+
+def _spread(
+    place: str, row: Mapping[str, Any], spread: Callable[[Mapping[str, Any]], Iterable[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    with _faults_told(place, row):
+        return list(spread(row))
+
+
+@contextmanager
+def _faults_told(place: str, cells: Mapping[str, Any]) -> Iterator[None]:
+    """What a task's own reading of a row stumbles over, as a DataError that says where."""
+    try:
+        yield
+    except KeyError as error:
+        raise DataError(f"{place}: no column {error}: it has {', '.join(cells)}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{place}: it cannot be read ({error}): it has {', '.join(cells)}") from None
 
 
 def _with_all(place: str, fields: Mapping[str, str], names: Sequence[str]) -> Mapping[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lorica import files
 from lorica.errors import ConfigError, DataError, MissingPathError, ModelError
 from lorica.tasks.base import SPLITS, Hub, Prompt, Split
 
+UNLABELLED = -1  # what a hub data set has for the label of a split whose labels are withheld
 Row = tuple[str, dict[str, Any]]  # (where it stands, its columns)
 
 
@@ -23,6 +24,17 @@ class Raw:
     splits: Mapping[Split, list[Row]]
     labels: tuple[str, ...] | None = None
     prompt: Prompt | None = None
+
+    def without(self, left_out: Sequence[str], label_column: str) -> Raw:
+        """The rows whose label, by its name or number, is none of those."""
+        labels = self.labels or ()
+        numbers = (str(labels.index(name)) for name in left_out if name in labels)
+        out = {*left_out, *numbers}
+        kept = {
+            split: [row for row in rows if str(row[1].get(label_column)) not in out]
+            for split, rows in self.splits.items()
+        }
+        return replace(self, splits=kept) if out else self
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -113,18 +125,16 @@ def read_hub(hub: Hub, labels: Sequence[str] | None) -> Raw:
         ) from None
     feature = next(iter(found.values())).features.get(hub.label_column)
     theirs = tuple(getattr(feature, "names", None) or ())
-    out = {*hub.left_out, *(str(theirs.index(name)) for name in hub.left_out if name in theirs)}
     splits = {
-        split: [
-            (f"{hub.repository} {name}, row {i}", row)
-            for i, row in enumerate(found[name])
-            if str(row.get(hub.label_column)) not in out
-        ]
+        split: [(f"{hub.repository} {name}, row {i}", row) for i, row in enumerate(found[name])]
         for split, name in _our_splits(hub, list(found)).items()
     }
-    return Raw(
-        {split: rows for split, rows in splits.items() if rows}, hub.labels or theirs or tuple(labels or ()) or None
-    )
+    labelled = {
+        split: rows
+        for split, rows in splits.items()
+        if any(row.get(hub.label_column) != UNLABELLED for _, row in rows)  # so too none of no rows
+    }
+    return Raw(labelled, hub.labels or theirs or tuple(labels or ()) or None)
 
 
 def _our_splits(hub: Hub, there: Sequence[str]) -> dict[Split, str]:
@@ -133,6 +143,6 @@ def _our_splits(hub: Hub, there: Sequence[str]) -> dict[Split, str]:
         "dev": ("dev", "validation", "valid"),
         "test": ("test",),
     }
-    if hub.repository and all(theirs in there for theirs in hub.splits.values()):
+    if hub.splits and all(theirs in there for theirs in hub.splits.values()):
         return dict(hub.splits)
     return {split: name for split, names in usual.items() for name in names if name in there}

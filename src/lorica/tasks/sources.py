@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lorica.plugins import Catalogue
 from lorica.tasks.base import Hub, Kind, Prompt, Split, Task, TaskSpec, complete_splits
 from lorica.tasks.examples import Reading, read_examples
 from lorica.tasks.rows import Raw, read_files, read_folder, read_hub, read_meta
+from lorica.tasks.templates import LABEL_PLACE, ending_of
 
 CATALOG = Catalogue("lorica.tasks.catalog", "task")
 ALIASES = {"topic": ("ag_news",), "intent": ("clinc150", "banking77")}  # by what is asked, not by the data's name
@@ -49,9 +50,13 @@ def load_task(
         raise ConfigError(f"{name} has no labels that all its examples share, and a head needs them: it goes by prompt")
     if sfc and (kind == "classification" or (spec is not None and spec.kind == "generation")):
         raise ConfigError(f"task.sfc calibrates the options behind a prompt, and {name} has none: drop it")
+    if labels and spec is not None and spec.golds is not None:
+        raise ConfigError(f"task.labels names labels, and {name}'s answers are its examples' own: drop it")
     raw, hub = _read(name, spec, path, more_files or {}, label_column)
     if hub is not None:
         columns, label_column = {**hub.columns, **columns}, hub.label_column
+    if spec is not None and spec.hub is not None:
+        raw = raw.without(spec.hub.left_out, label_column)
     names = _label_names(name, labels, spec, raw, label_column)
     asked = _prompt(name, kind, spec, raw, prompt, template, verbalizer, names)
     texts = spec.texts if spec else tuple(columns) or ("text",)
@@ -61,7 +66,9 @@ def load_task(
     if spec is None:
         return Task(name, kind, names, texts, asked, ("accuracy", "macro_f1"), whole, sfc=sfc)
     kind = kind if kind == "classification" else spec.kind
-    return Task(name, kind, names, texts, asked, spec.metrics, whole, spec.train_as, spec.max_new_tokens, sfc)
+    return Task(
+        name, kind, names, texts, asked, spec.metrics, whole, spec.train_as, spec.max_new_tokens, sfc, spec.uncut
+    )
 
 
 def _read(
@@ -79,7 +86,7 @@ def _read(
         return read_folder(Path(path)), None
     if name.startswith("hub:"):
         repository, _, config = name.removeprefix("hub:").partition(":")
-        hub = Hub(repository, config or None, label_column=label_column)
+        hub = Hub(repository, config or None, splits={}, label_column=label_column)
         return read_hub(hub, None), hub
     assert spec is not None and spec.hub is not None
     return read_hub(spec.hub, None if spec.labels_vary else spec.labels), spec.hub
@@ -107,13 +114,20 @@ def _spec_of(name: str | None, path: str | None) -> tuple[str, TaskSpec | None]:
     return name, None
 
 
+def called(name: str) -> str:
+    """The catalog's name for what is written in another way; another name stays as it is."""
+    meant = _meant(name)
+    return meant[0] if len(meant) == 1 else name
+
+
 def _meant(name: str) -> tuple[str, ...]:
     """The catalog tasks that a name may mean, whatever its case, hyphens and underscores."""
-    bare = _bare(name)
-    return tuple(each for each in CATALOG.names() if _bare(each) == bare) or ALIASES.get(bare, ())
+    wanted = bare(name)
+    return tuple(each for each in CATALOG.names() if bare(each) == wanted) or ALIASES.get(wanted, ())
 
 
-def _bare(name: str) -> str:
+def bare(name: str) -> str:
+    """The name without case, hyphens and underscores, by which names are matched."""
     return name.lower().replace("-", "").replace("_", "")
 
 
@@ -157,8 +171,14 @@ def _prompt(
     verbalizer: Mapping[str, str] | None,
     labels: Sequence[str],
 ) -> Prompt | None:
-    """The prompt of a task that goes by one: the user's own template, the version asked for, or the first there is."""
+    """The prompt of a task that goes by one: the user's own template, the version asked for, or the first there is.
+
+    A template of the user's own says nothing in what stands behind its last field.
+    """
     if kind == "classification":
+        for key, given in (("prompt", version), ("template", template), ("verbalizer", verbalizer)):
+            if given is not None:
+                raise ConfigError(f"task.{key} is of a prompt, and {name} goes by a head here: drop it")
         return None
     prompts = dict(spec.prompts) if spec else {"default": raw.prompt} if raw.prompt else {}
     if version is not None and version not in prompts:
@@ -166,8 +186,37 @@ def _prompt(
     base = prompts[version] if version else next(iter(prompts.values()), None)
     if base is None and template is None:
         raise ConfigError(f"{name} has no prompt: give task.template, or task.kind=classification")
+    if spec is not None and not spec.has_label_words:
+        _check_wordless(name, template, verbalizer)
     words = verbalizer or (base.verbalizer if base else {label: label for label in labels})
-    lacking = [label for label in labels if label not in words] if spec is None or spec.has_label_words else []
+    if spec is None or spec.has_label_words:
+        _check_words(words, labels, [*labels, *(base.verbalizer if base else ())])
+    if template is not None:
+        return Prompt(template, words, ending_of(template))
+    assert base is not None
+    return Prompt(base.template, words, base.content_free)
+
+
+def _check_wordless(name: str, template: str | None, verbalizer: Mapping[str, str] | None) -> None:
+    """Raise ConfigError for words, or a place of theirs, in a task that has none for its labels."""
+    if verbalizer is not None:
+        raise ConfigError(f"task.verbalizer has words for labels, and {name}'s answers are its examples' own: drop it")
+    if template is not None and LABEL_PLACE in template:
+        raise ConfigError(f"task.template has {LABEL_PLACE}, and {name}'s answers are its examples' own: end before it")
+
+
+def _check_words(words: Mapping[str, str], labels: Sequence[str], known: Collection[str]) -> None:
+    """Raise ConfigError unless each label has a word that no other has; UnknownNameError for a word of no label."""
+    strange = [label for label in words if label not in known]
+    if strange:
+        raise UnknownNameError(plugins.unknown("label in task.verbalizer", strange[0], known))
+    lacking = [label for label in labels if not words.get(label, "").strip()]
     if lacking:
         raise ConfigError(f"task.verbalizer has no word for the label {lacking[0]!r}: it has {', '.join(words)}")
-    return Prompt(template or base.template, words, base.content_free) if base else Prompt(template or "", words)
+    of_word: dict[str, str] = {}
+    for label in labels:
+        other = of_word.setdefault(words[label], label)
+        if other != label:
+            raise ConfigError(
+                f"task.verbalizer has {words[label]!r} for {other!r} and for {label!r}: give each its own"
+            )

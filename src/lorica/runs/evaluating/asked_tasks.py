@@ -13,9 +13,9 @@ from lorica.errors import ConfigError, MissingPathError
 from lorica.runs.evaluating.targets import Target
 from lorica.runs.sources import task_name, unused
 from lorica.tasks.base import Split
+from lorica.tasks.sources import bare, called
 
 PLACE = "{task}"  # of a task's name in task.path
-TRAINING_ALONE = {"num_train": None, "demonstrations": "one_set"}  # of a task, what its evaluation does not look at
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ def asked_tasks(targets: Sequence[Target], given: EvaluateConfig) -> list[Asked]
     that a run trained on comes with all that the run said of it; what else the config sets of `task` goes for every
     one. Raises ConfigError if there is none.
     """
-    changes = _changes(given.task)
+    check_shown(given.task, given.split)
+    changes = changes_of(given.task)
     own = [(each.cfg.task, each.cfg.eval_split) for each in targets if each.cfg is not None]
     found: list[tuple[TaskConfig, Split]]
     if given.tasks:
@@ -42,11 +43,11 @@ def asked_tasks(targets: Sequence[Target], given: EvaluateConfig) -> list[Asked]
     elif given.task is not None and changes.keys() & {"name", "path"}:
         found = [(given.task, "test")]
     else:
-        found = [(task.model_copy(update=changes), split) for task, split in own]
+        found = [(_of_catalog(task).model_copy(update=changes), split) for task, split in own]
     if not found:
         raise ConfigError("no target is a run, which would bring its task: give --tasks NAME..., or task=NAME")
     kept = dict.fromkeys(  # a section holds dicts, so it is told by what it says
-        (task.model_copy(update=TRAINING_ALONE).model_dump_json(), given.split or split) for task, split in found
+        (_looked_at(task, given.split or split).model_dump_json(), given.split or split) for task, split in found
     )
     asked: list[Asked] = []
     for said, split in kept:
@@ -55,7 +56,22 @@ def asked_tasks(targets: Sequence[Target], given: EvaluateConfig) -> list[Asked]
     return asked
 
 
-def _changes(task: TaskConfig | None) -> dict[str, Any]:
+def _looked_at(task: TaskConfig, split: Split) -> TaskConfig:
+    """The task without what the evaluation of a split does not look at, so that two runs on one task have it once."""
+    size = {} if split == "train" else {"num_train": None}
+    return task.model_copy(update={"demonstrations": "one_set", **size})
+
+
+def check_shown(task: TaskConfig | None, split: str | None) -> None:
+    """Raise ConfigError for demonstrations: an evaluation shows none."""
+    if task is not None and (task.demonstrations != "one_set" or (task.num_train and split != "train")):
+        raise ConfigError(
+            "task.num_train and task.demonstrations show solved examples under `lorica train trainer=none`, and an "
+            "evaluation shows none: drop them, or use that"
+        )
+
+
+def changes_of(task: TaskConfig | None) -> dict[str, Any]:
     """What a section sets to something else than the default: a written config states every key."""
     fields = {} if task is None else type(task).model_fields
     return {key: getattr(task, key) for key, field in fields.items() if getattr(task, key) != field.default}
@@ -66,9 +82,23 @@ def _named(name: str, own: Sequence[tuple[TaskConfig, Split]], changes: dict[str
     if "path" in changes:
         # The folder says what it is: its own description goes before the catalog's task of that name.
         return TaskConfig(**{**changes, "path": folder_of(name, changes["path"])}), "test"
-    known = [each for each in own if task_name(each[0]).lower() == name.lower()]
+    known = [each for each in own if _is_called(each[0], name)]
     task, split = known[0] if known else (TaskConfig(name=name), "test")
-    return task.model_copy(update=changes), split
+    return _of_catalog(task).model_copy(update=changes), split
+
+
+def _is_called(task: TaskConfig, name: str) -> bool:
+    return told_apart_by(task) == bare(called(name)) or task_name(task).lower() == name.lower()
+
+
+def told_apart_by(task: TaskConfig) -> str:
+    """The same for all ways to write one task's name; a folder's name is its own, whatever the catalog means by it."""
+    return bare(task_name(task) if task.name is None else called(task.name))
+
+
+def _of_catalog(task: TaskConfig) -> TaskConfig:
+    """The task by the catalog's name for it, however it is written: two ways to write one are one task."""
+    return task if task.name is None else task.model_copy(update={"name": called(task.name)})
 
 
 def folder_of(name: str, pattern: str) -> str:

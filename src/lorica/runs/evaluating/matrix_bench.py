@@ -18,9 +18,9 @@ from lorica.evaluation.branches import score_branches
 from lorica.evaluation.evaluate import Evaluation, of_scores
 from lorica.evaluation.matrix import Cell
 from lorica.evaluation.predictions import write_predictions
-from lorica.runs.evaluating.asked_tasks import Asked
+from lorica.runs.evaluating.asked_tasks import Asked, told_apart_by
 from lorica.runs.evaluating.matrix_plan import Row
-from lorica.runs.evaluating.targets import Target
+from lorica.runs.evaluating.targets import Target, lacks_head
 from lorica.runs.ready import Ready
 from lorica.runs.remembered import keep, recall
 from lorica.runs.sources import task_name
@@ -103,13 +103,12 @@ class Bench:
 
     def _empty(self, row: Row) -> Cell | None:
         """The cell of a target whose head, if it has one at all, is of another task."""
-        target, base = row.target, self.ready.base
-        if base.kind != "classification":
+        target = row.target
+        if self.ready.base.kind != "classification":
             return None
-        if target.cfg is not None and task_name(target.cfg.task).lower() != task_name(self.asked.task).lower():
+        if target.cfg is not None and told_apart_by(target.cfg.task) != told_apart_by(self.asked.task):
             return Cell(row.name, self.asked.name, reason=f"its head is of {task_name(target.cfg.task)}")
-        is_drawn = any(name.startswith(f"{head}.") for head in base.heads for name in base.new)
-        if is_drawn and not target.for_task(self.ready.task.name).heads:
+        if lacks_head(self.ready, target):
             return Cell(row.name, self.asked.name, reason=f"it has no head for {self.asked.name}")
         return None
 

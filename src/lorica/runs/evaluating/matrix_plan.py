@@ -13,7 +13,7 @@ from lorica.models import Kind
 from lorica.runs.evaluating.asked_tasks import Asked, asked_tasks
 from lorica.runs.evaluating.targets import BASE, Target, resolve_target
 from lorica.runs.ready import chosen, kinds, task_of
-from lorica.runs.sources import unused
+from lorica.runs.sources import known_as, unused
 from lorica.tasks import base as tasks
 from lorica.tasks.base import Example, Task
 
@@ -91,7 +91,7 @@ def _name(word: str, target: Target) -> str:
     if word == BASE:
         kind = "" if target.model.kind == "auto" else f"-{target.model.kind}"
         return f"{BASE}-{files.slug(Path(target.model.name).name)}{kind}"
-    whole = Path(word).resolve()
+    whole = known_as(Path(word))
     return files.slug(whole.parent.name if whole.name in ("adapter", "model") else whole.name)
 
 

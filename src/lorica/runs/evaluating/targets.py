@@ -108,6 +108,11 @@ class Target:
         return file if file is not None and file.is_file() else None
 
 
+def lacks_head(ready: Ready, target: Target) -> bool:
+    """Whether the base's classification head was drawn, and the target brings none for the task."""
+    return ready.base.has_drawn_head and not target.for_task(ready.task.name).heads
+
+
 def resolve_target(word: str, model: ModelConfig | None) -> Target:
     """The target that a word means: a run, an adapter, a prefix or a merge by its folder, or a model by its name.
 

@@ -22,12 +22,14 @@ def evaluate_in_context(cfg: TrainConfig, say: Console) -> tuple[RunFolder, Eval
     """Evaluate on the config's split and leave a run folder: config, origin, record, results and predictions.
 
     With task.num_train, so many training examples are shown before each prompt: one set for all, or with
-    task.demonstrations=per_example a set for each.
+    task.demonstrations=per_example a set for each. Raises ConfigError for a model without a head for its task.
     """
     begin = time.monotonic()
     if cfg.output_dir is not None:
         results.check_free(cfg.output_dir)
     ready = prepare(cfg.model, cfg.task, cfg.device, cfg.seed)
+    if ready.base.has_drawn_head:
+        raise headless(ready)
     examples = chosen(ready.task, cfg.eval_split, cfg.task)
     rows = ready.encoded(_shown(cfg, ready, examples, say) if cfg.task.num_train else examples)
     run = results.new_run(cfg.output_dir, f"{ready.task.name}-{Path(cfg.model.name).name}-none")
@@ -42,6 +44,14 @@ def evaluate_in_context(cfg: TrainConfig, say: Console) -> tuple[RunFolder, Eval
     return run, found
 
 
+def headless(ready: Ready) -> ConfigError:
+    """The error of a task that would be answered by a classification head of random numbers."""
+    return ConfigError(
+        f"{ready.base.name} has no head for {ready.task.name}, and one that is drawn at random knows nothing: train "
+        "one first, or ask a causal model by prompt"
+    )
+
+
 def _shown(cfg: TrainConfig, ready: Ready, examples: list[Example], say: Console) -> list[Example]:
     """The examples behind their demonstrations; says how many found no room."""
     if ready.task.kind == "classification":
@@ -50,7 +60,9 @@ def _shown(cfg: TrainConfig, ready: Ready, examples: list[Example], say: Console
     if cfg.task.demonstrations == "per_example":
         if size > len(pool):
             raise ConfigError(f"task.num_train={size}, and {ready.task.name} has {len(pool)} training examples")
-        sets = demonstrations.sets_of(pool, size, len(examples), seed=cfg.task.train_set_seed)
+        sets = demonstrations.sets_of(
+            pool, size, len(examples), seed=cfg.task.train_set_seed, stratified=cfg.task.stratified
+        )
     else:
         sets = [chosen(ready.task, "train", cfg.task)] * len(examples)
     shown, num_dropped = demonstrations.demonstrated(

@@ -17,4 +17,5 @@ TASK = TaskSpec(
     prompts={"default": Prompt("{passage} {Question}?\n", {"no": "No", "yes": "Yes"})},
     hub=Hub("google/boolq", label_column="answer", columns={"passage": "passage", "question": "question"}),
     prepare=capitalised,
+    uncut=("question", "Question"),
 )

@@ -10,6 +10,8 @@ CONJUNCTIONS = {"effect": "so", "cause": "because"}
 
 def opened(fields: Mapping[str, str]) -> Mapping[str, str]:
     """Adds {opening}, the premise without its full stop, and the {conjunction} of what is asked for."""
+    if fields["question"] not in CONJUNCTIONS:
+        raise ValueError(f"its question is {fields['question']!r}, and must be {' or '.join(CONJUNCTIONS)}")
     return {
         **fields,
         "opening": fields["premise"].strip().removesuffix("."),

@@ -6,14 +6,14 @@ The hub's rows hold the spans of all who answered in one list, so there each spa
 from collections.abc import Mapping
 from typing import Any
 
-from lorica.tasks.base import Gold, Hub, Prompt, TaskSpec
+from lorica.tasks.base import Gold, Hub, Prompt, TaskSpec, texts_in
 
 
 def right_spans(row: Mapping[str, Any]) -> list[Gold]:
     """Every answer that counts as right, each the spans that it consists of."""
     if "answers_spans" in row:
-        return [(span,) for span in dict.fromkeys(row["answers_spans"]["spans"])]
-    return [tuple(str(span) for span in row["answers"])]
+        return [(span,) for span in dict.fromkeys(texts_in(row["answers_spans"], "spans"))]
+    return [tuple(texts_in(row, "answers"))]
 
 
 TASK = TaskSpec(
@@ -21,8 +21,10 @@ TASK = TaskSpec(
     texts=("passage", "question"),
     prompts={"default": Prompt("Passage: {passage}\nQuestion: {question}\nAnswer:")},
     hub=Hub("ucinlp/drop"),
+    stripped=("question",),
     golds=right_spans,
     metrics=("drop_f1", "drop_exact_match"),
     train_as="lm",
+    uncut=("question",),
     max_new_tokens=50,
 )

@@ -30,5 +30,6 @@ TASK = TaskSpec(
     },
     hub=Hub("aps/super_glue", "multirc", labels=("false", "true")),
     rows=answers,
+    uncut=("question", "answer"),
     metrics=("accuracy", "f1a"),
 )

@@ -11,5 +11,6 @@ TASK = TaskSpec(
         "default": Prompt("{a} ? {label} , {b}", LABEL_WORDS),
         "instruction": Prompt("{a}\n{b}\nDoes the sentence answer the question? Yes or No?\n", LABEL_WORDS),
     },
+    uncut=("a",),
     hub=Hub("nyu-mll/glue", "qnli", columns={"a": "question", "b": "sentence"}),
 )

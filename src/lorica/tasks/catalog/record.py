@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lorica.tasks.base import Gold, Hub, Option, Prompt, TaskSpec
+from lorica.tasks.base import Gold, Hub, Option, Prompt, TaskSpec, texts_in
+
+GAP = "@placeholder"
 
 
 def itemised(fields: Mapping[str, str]) -> Mapping[str, str]:
@@ -13,13 +15,14 @@ def itemised(fields: Mapping[str, str]) -> Mapping[str, str]:
 
 def filled(row: Mapping[str, Any]) -> list[Option]:
     """The query with each name in its gap."""
-    names = dict.fromkeys(row["entities"])
-    return [Option(f" {row['query'].replace('@placeholder', name)}", name) for name in names]
+    if GAP not in row["query"]:
+        raise ValueError(f"its query has no {GAP}")
+    return [Option(f" {row['query'].replace(GAP, name)}", name) for name in dict.fromkeys(texts_in(row, "entities"))]
 
 
 def right_names(row: Mapping[str, Any]) -> list[Gold]:
     """Every name that counts as right."""
-    return [(name,) for name in dict.fromkeys(row["answers"])]
+    return [(name,) for name in dict.fromkeys(texts_in(row, "answers"))]
 
 
 TASK = TaskSpec(

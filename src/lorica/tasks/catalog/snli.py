@@ -15,6 +15,6 @@ TASK = TaskSpec(
         "stanfordnlp/snli",
         splits={"train": "train", "dev": "validation", "test": "test"},
         columns={"a": "premise", "b": "hypothesis"},
-        left_out=("-1",),
+        left_out=("-1", "-"),
     ),
 )

@@ -6,5 +6,6 @@ TASK = TaskSpec(
     labels=("negative", "positive"),
     texts=("text",),
     prompts={"default": Prompt("{text} It was", {"negative": "terrible", "positive": "great"}, " It was")},
+    stripped=("text",),  # GLUE's sentences end in a space
     hub=Hub("stanfordnlp/sst2", columns={"text": "sentence"}),
 )

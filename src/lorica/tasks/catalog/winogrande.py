@@ -8,7 +8,9 @@ from lorica.tasks.base import Hub, Option, Prompt, TaskSpec
 
 def parted(fields: Mapping[str, str]) -> Mapping[str, str]:
     """Adds {before} and {behind}: the sentence on either side of its gap `_`."""
-    before, _, behind = fields["sentence"].partition("_")
+    before, gap, behind = fields["sentence"].partition("_")
+    if not gap:
+        raise ValueError("its sentence has no gap _")
     return {**fields, "before": before.rstrip(), "behind": behind}
 
 
