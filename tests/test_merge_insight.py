@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from lorica.merging.diagnosis import diagnose
 from lorica.merging.merge import Merged, Size, prepare, total_error
 from lorica.merging.method import METHODS
 from lorica.merging.plan import plan
+from lorica.planning import peak_bytes
 
 SHAPES = {f"model.layers.{layer}.{name}": (24 + 8 * layer, 40) for layer in range(3) for name in ("q_proj", "up_proj")}
 HALVES = {"a": 0.5, "b": 0.5}
@@ -128,6 +130,34 @@ def test_a_plan_of_ranks_that_headers_do_not_tell(tmp_path: Path, size: Size, na
             each.update.rank for each in merged if isinstance(each.update, LowRank)
         ]
         assert found.error == pytest.approx(lost(merged), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["uniform_delta", "ties", "knots"])
+def test_a_rank_budget_keeps_the_largest_of_all_singular_values(name: str) -> None:
+    """And cuts each module just as if its rank had been asked for."""
+    adapters, method = pair(), methods.load(name, {}, 2)
+    whole = prepare(adapters, method, size=Size(rank_budget=14))
+    kept = {each.path: each for each in whole.modules()}
+    made = {each.path: each.update for each in prepare(adapters, method).modules()}
+    matrices = {path: dense(each) if isinstance(each, LowRank) else each.double() for path, each in made.items()}
+    values = [(float(value), path) for path, each in matrices.items() for value in torch.linalg.svdvals(each)]
+    largest = [path for _, path in sorted(values, reverse=True)[:14]]
+    for path, each in kept.items():
+        assert isinstance(each.update, LowRank) and each.update.rank == largest.count(path)
+        alone = prepare(adapters, method, size=Size(rank=each.update.rank)).module(path)
+        assert isinstance(alone.update, LowRank) and each.error == pytest.approx(alone.error, abs=1e-5)
+        assert tiny.relative(each.update.dense(), alone.update.dense()) < (1e-2 if name == "ties" else 1e-6)
+
+
+@pytest.mark.parametrize("name", ["uniform_delta", "ties"])
+def test_a_rank_budget_holds_no_module_between_its_two_looks(name: str) -> None:
+    """Of many modules as much as of a few, but for the directions of dense ones."""
+    shapes = {f"layers.{layer}.q": (128, 128) for layer in range(24)}
+    merge = prepare(pair(shapes=shapes), methods.load(name, {}, 2), size=Size(rank_budget=24), num_workers=1)
+    most = peak_bytes(lambda: deque(merge.modules(), maxlen=0).clear())
+    one = 4 * (8 * 256 if name == "uniform_delta" else 128 * 128)  # bytes of what the method makes of a module
+    directions = 0 if name == "uniform_delta" else 24 * 4 * 4 * 256
+    assert most < 16 * one + directions
 
 
 def test_a_plan_looks_into_a_few_modules_of_many(tmp_path: Path) -> None:

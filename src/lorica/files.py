@@ -248,14 +248,19 @@ def slug(name: str, limit: int = 80) -> str:
 
 
 def open_regular(path: Path, limit_bytes: int | None = None) -> BufferedReader:
-    """Open a file from elsewhere for reading: a regular file, not a link, FIFO or device, of at most `limit_bytes`."""
+    """Open a file from elsewhere for reading: a regular file, no FIFO or device, of at most `limit_bytes`.
+
+    A link is refused, but for one of the hub's cache, from a snapshot to a blob of the same repository.
+    """
+    real = _blob(path) if path.is_symlink() else path
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise MissingPathError(f"no file {str(path)!r}") from None
+        raise MissingPathError(f"no file {str(real)!r}") from None
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise DataError(f"{str(path)!r} is a symbolic link: give the file itself") from None
+            told = "is a symbolic link, and none is followed outside or out of the hub's cache: give the file itself"
+            raise DataError(f"{str(path)!r} {told}") from None
         raise
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
@@ -265,6 +270,14 @@ def open_regular(path: Path, limit_bytes: int | None = None) -> BufferedReader:
         os.close(descriptor)
         raise DataError(f"{str(path)!r} has {status.st_size} bytes: at most {limit_bytes} are read")
     return os.fdopen(descriptor, "rb")
+
+
+def _blob(link: Path) -> Path:
+    """Where a link really ends, if that is among the blobs of the snapshot's repository; else the link itself."""
+    folder, end = Path(os.path.realpath(link.parent)), Path(os.path.realpath(link))
+    repository = end.parent.parent
+    cached = end.parent.name == "blobs" and repository.name.startswith("models--")
+    return end if cached and folder.is_relative_to(repository / "snapshots") else link
 
 
 def append_record(path: Path, record: Record) -> None:

@@ -88,9 +88,10 @@ def dense_spectrum(matrix: Tensor, rank: int | None) -> Spectrum:
     sigma = torch.linalg.vector_norm(seen.double(), dim=1)
     total = float(torch.linalg.vector_norm(matrix).double().square())
     rest = max(0.0, total - float(sigma.square().sum())) if len(sigma) < len(matrix) else 0.0
+    dtype = matrix.dtype  # the matrix itself must not live on with the spectrum
 
     def truncated(k: int) -> LowRank:
-        root = sigma[:k].sqrt().to(matrix.dtype)
+        root = sigma[:k].sqrt().to(dtype)
         keep = root.where(root > 0, torch.inf)
         return LowRank(seen[:k] / keep[:, None], U[:, :k] * root)
 

@@ -1,7 +1,7 @@
 """A base checkpoint in safetensors shards: which tensor lies where, told by the headers; no number is read.
 
-The folder may be from elsewhere: a name in the index must be a plain file name, and a link is followed only where the
-hub's cache has put it.
+The folder may be from elsewhere: a name in the index must be a plain file name, and no link is followed but those
+of the hub's cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from lorica import files
 from lorica.adapters.injection import Placement
-from lorica.errors import AdapterFormatError, ConfigError, DataError, MissingPathError, ModelError, ShapeError
+from lorica.errors import AdapterFormatError, ConfigError, MissingPathError, ModelError, ShapeError
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -126,7 +126,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
                 "transformers and save it again (save_pretrained), or take save=adapter or save=dense"
             )
         raise MissingPathError(f"{folder} has neither {WHOLE} nor {INDEX}")
-    with files.open_regular(_within(folder, INDEX), LIMIT_BYTES) as file:
+    with files.open_regular(folder / INDEX, LIMIT_BYTES) as file:
         text = file.read()
     try:
         weight_map = json.loads(text)["weight_map"]
@@ -141,7 +141,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _shard(folder: Path, name: str) -> Shard:
-    path = _within(folder, name)
+    path = folder / name
     with files.open_regular(path) as file:
         try:
             with safe_open(path, framework="pt"):  # refuses what overlaps, has holes or does not fit into the file
@@ -165,17 +165,6 @@ def _beside(folder: Path, with_index: bool) -> dict[str, Path]:
         foreign_index = path.name.endswith(".index.json") and path.name != INDEX
         belongs = (path.suffix in BESIDE or path.stem in LEGAL) and path.name not in unwanted and not foreign_index
         if belongs and not path.is_dir():
-            found[path.name] = _within(folder, path.name)
-            files.open_regular(found[path.name], LIMIT_BYTES).close()
+            found[path.name] = path
+            files.open_regular(path, LIMIT_BYTES).close()
     return found
-
-
-def _within(folder: Path, name: str) -> Path:
-    """The file called `name`. The hub's cache keeps a snapshot's files as links to its blobs; no other is followed."""
-    path = folder / name
-    if not path.is_symlink() or folder.resolve().parent.name != "snapshots":
-        return path
-    blobs = folder.resolve().parent.parent / "blobs"
-    if path.resolve().parent != blobs:
-        raise DataError(f"{path} is a link out of the hub's cache: give the file itself")
-    return path.resolve()

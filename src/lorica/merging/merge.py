@@ -11,6 +11,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -91,7 +92,7 @@ class Merge:
 
     def module(self, path: str) -> Merged:
         """The merged update of one module at the size asked for, but for a rank budget, which concerns all of them."""
-        made = self._made(path)
+        made = self._made(self.inputs(path))
         rank = self.size.rank
         if self.size == WHOLE and self.as_factors and made.full_rank is None:
             rank = sum(self.ranks(path).values())
@@ -137,8 +138,8 @@ class Merge:
             updates = transform(Module(Site(path, self.names, found, grams), updates, self.weights))
         return Module(Site(path, self.names, self.found, grams), updates, self.weights)
 
-    def _made(self, path: str) -> Merged:
-        module = self.inputs(path)
+    def _made(self, module: Module) -> Merged:
+        path = module.site.path
         overrides = {} if self.policy is None else {"lambda_": self.policy.at(path)}
         update = self.method(module, **overrides)
         rank = update.rank if isinstance(update, LowRank) else None
@@ -154,23 +155,31 @@ class Merge:
         return _norm(combination([update, reference], [1, -1])) / norm if norm > 0 else 0.0
 
     def _within_budget(self, budget: int) -> Iterator[Merged]:
-        """The `budget` largest singular values of all modules together are kept."""
+        """The `budget` largest singular values of all modules together are kept: looked for first, then cut to.
+
+        Nothing waits between the two looks but what took work: a concatenation of factors is made again.
+        """
         cap = BUDGET_SLACK * -(-budget // len(self.paths))
 
-        def compressible(path: str) -> tuple[Merged, Spectrum]:
-            made = self._made(path)
+        def looked_at(path: str) -> tuple[Tensor, Callable[[int], Merged]]:
+            module = self.inputs(path)
+            made = self._made(module)
             found = _spectrum(made.update, cap)
-            return dataclasses.replace(made, update=found.truncated(len(found.sigma))), found
+            if _is_concatenation(made.update, module.updates):
+                return found.sigma, partial(again, path)
+            return found.sigma, partial(_cut, dataclasses.replace(made, update=zero(self.shape(path))), found)
 
-        pairs = list(ordered_map(compressible, self.paths, self.num_workers))
-        largest = heapq.nlargest(
-            budget, ((float(value), at) for at, (_, found) in enumerate(pairs) for value in found.sigma)
-        )
-        ranks = [0] * len(pairs)
+        def again(path: str, rank: int) -> Merged:
+            made = self._made(self.inputs(path))
+            return _cut(made, _spectrum(made.update, cap), rank)
+
+        looks = list(ordered_map(looked_at, self.paths, self.num_workers))
+        largest = heapq.nlargest(budget, ((float(value), at) for at, (sigma, _) in enumerate(looks) for value in sigma))
+        ranks = [0] * len(looks)
         for _, at in largest:
             ranks[at] += 1
-        for (made, found), rank in zip(pairs, ranks, strict=True):
-            yield _cut(made, found, rank, None)
+        cuts = [partial(cut, rank) for (_, cut), rank in zip(looks, ranks, strict=True)]
+        return ordered_map(lambda cut: cut(), cuts, self.num_workers)
 
 
 def prepare(
@@ -256,7 +265,15 @@ def _spectrum(update: Update, rank: int | None) -> Spectrum:
     return spectrum(update) if isinstance(update, LowRank) else dense_spectrum(update, rank)
 
 
-def _cut(made: Merged, found: Spectrum, rank: int | None, energy: float | None) -> Merged:
+def _is_concatenation(update: Update, inputs: Sequence[Update]) -> bool:
+    """Whether an update is its inputs' factors, B scaled: there was nothing to compute."""
+    if not isinstance(update, LowRank):
+        return False
+    factors = [each.A for each in inputs if isinstance(each, LowRank)]
+    return len(factors) == len(inputs) and torch.equal(update.A, torch.cat(factors))
+
+
+def _cut(made: Merged, found: Spectrum, rank: int | None, energy: float | None = None) -> Merged:
     k = rank_for_energy(found.sigma, energy) if energy is not None else min(rank or 0, len(found.sigma))
     cut = found.truncated(k)
     return Merged(made.path, cut, made.full_rank, found.error(k), found.norm, made.distance)

@@ -225,9 +225,10 @@ def _needs(method: Method, surveys: Sequence[str]) -> tuple[str, ...]:
 
 def _memory(modules: Sequence[Planned], outlines: Mapping[str, Outline], size: Size, num_workers: int) -> Memory:
     kept = [each.num_bytes for each in modules]
-    if size.rank_budget is not None:  # all wait, whole and decomposed, for the last singular value
+    if size.rank_budget is not None:  # what is no concatenation waits, decomposed, for the last singular value
         cap = BUDGET_SLACK * -(-size.rank_budget // len(modules))
-        kept = [2 * _num_bytes(each.shape, min(each.full_rank or cap, *each.shape)) for each in modules]
+        waiting = [each for each in modules if not each.is_concatenation]
+        kept += [_num_bytes(each.shape, min(each.full_rank or cap, *each.shape)) for each in waiting]
     largest = heapq.nlargest(num_workers, (_working_bytes(each) for each in modules))
     return Memory(sum(each.num_bytes for each in outlines.values()), sum(largest), sum(kept))
 

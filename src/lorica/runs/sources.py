@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,7 +93,7 @@ def _apart(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
 
 def _around(folder: Path) -> str:
     """The name of the folder that an adapter's own lies in."""
-    return folder.parent.name
+    return known_as(folder).parent.name
 
 
 def _found(word: str, runs_dir: Path) -> tuple[Path, results.RunFolder | None]:
@@ -135,8 +136,17 @@ def _name(folder: Path, cfg: TrainConfig | None) -> str:
     """A run's adapter is called by its task, another by its folder."""
     if cfg is not None:
         return files.slug(task_name(cfg.task))
-    whole = folder.resolve()
+    whole = known_as(folder)
     return files.slug(whole.parent.name if whole.name == "adapter" else whole.name)
+
+
+def known_as(folder: Path) -> Path:
+    """The folder, resolved; a snapshot in the hub's cache, which is a hash, goes by its repository: OWNER/NAME."""
+    return Path(re.sub(r"/models--([^/]+)/snapshots/[^/]+", _repository, str(folder.resolve())))
+
+
+def _repository(snapshot: re.Match[str]) -> str:
+    return f"/{snapshot[1].replace('--', '/')}"
 
 
 def unused(name: str, taken: Collection[str]) -> str:
