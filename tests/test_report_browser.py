@@ -18,16 +18,17 @@ from lorica.report import page, reading
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SECTIONS = {"verdict", "loss", "scores", "recovery", "matrix", "search", "spectra", "costs", "provenance"}
+LONG = ("zeroth order by eight one-sided directions, with a warm start of its last block", "x" * 90)
 PAPER = {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 26)"}
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report on one of each; LORICA_REPORT names another one, such as the demo's."""
+    """A report on one of each, with arms of long names; LORICA_REPORT names another one, such as the demo's."""
     if "LORICA_REPORT" in os.environ:
         return Path(os.environ["LORICA_REPORT"]).resolve()
     folder = tmp_path_factory.mktemp("shown")
-    cases.study(folder / "study")
+    cases.study(folder / "study", arms=("lora", "full", *LONG))
     cases.sweep(folder / "sweep")
     cases.merge(folder / "ties")
     cases.matrix(folder / "matrix")
@@ -59,6 +60,9 @@ def test_the_page_is_whole(browser: Any, report: Path, tmp_path: Path, width: in
     assert found == SECTIONS if "LORICA_REPORT" not in os.environ else found >= {"verdict", "loss", "provenance"}
     assert shown.evaluate("document.documentElement.scrollWidth") <= width
     assert shown.evaluate("getComputedStyle(document.body).backgroundColor") == PAPER[scheme]
+    for table in shown.locator("#verdict .scroll").all():
+        assert table.evaluate("each => each.scrollWidth <= each.clientWidth")
+        assert "LORICA_REPORT" in os.environ or all(name in table.inner_text() for name in LONG)
     drawn = shown.locator("figure .panels:visible svg")
     assert drawn.count() == shown.locator("figure .panels:visible > div").count() > 0
     for box in (each.bounding_box() for each in drawn.all()):
