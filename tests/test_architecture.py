@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOMS = (
     *("errors", "randomness", "plugins", "files", "config", "results", "progress", "processes"),
-    *("adapters", "swaps", "models", "planning", "tasks", "evaluation", "optim", "training", "studies", "analysis"),
+    *("adapters", "swaps", "models", "tasks", "evaluation", "optim", "planning", "training", "studies", "analysis"),
     *("merging", "card", "report", "runs", "demo", "tables", "cli", "__main__"),
 )
 RUNS = ("training", "evaluating", "merging", "studying", "inspecting")

@@ -55,8 +55,8 @@ def ledger_lines(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("trainer", ["backprop", "spsa"])
 def test_one_round_is_plain_lora_of_rank_1(data: Path, tmp_path: Path, trainer: str) -> None:
-    common = ("max_steps=12", f"trainer={trainer}", "adapter.alpha=1", "adapter.dropout=0.1")
-    plain = train(data, tmp_path / "plain", *common, "adapter.rank=1")
+    common = ("max_steps=12", f"trainer={trainer}", "adapter.rank=1", "adapter.alpha=1", "adapter.dropout=0.1")
+    plain = train(data, tmp_path / "plain", *common)
     boosted = train(data, tmp_path / "boosted", *common, "adapter.kind=xgblora", "boosting.steps_per_iteration=12")
     assert losses(plain) == losses(boosted)
     assert [line["last_step"] for line in ledger_lines(boosted)] == [12]

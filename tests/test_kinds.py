@@ -253,6 +253,7 @@ def test_what_does_not_go_together_is_refused(words: list[str], told: list[str])
         (["--prefix_tuning"], 1e-3, None),
         (["trainer=zo"], 3e-4, "gaussian"),
         (["trainer=zo", "zo.warm_start_steps=0"], 1e-3, "gaussian"),
+        (["trainer=zo", "adapter.kind=xgblora"], 6e-4, "gaussian"),
         (["trainer=zo", "zo.train=both"], 1e-4, "gaussian"),
         ([*FULL_ZO, "zo.distribution=gaussian"], 1e-6, "gaussian"),
     ],
@@ -262,7 +263,7 @@ def test_defaults_follow_the_kind_and_read_back(
 ) -> None:
     cfg = config.read(TrainConfig, words).resolved()
     assert (cfg.learning_rate, cfg.zo.distribution) == (rate, distribution)
-    assert cfg.adapter.rank is None or cfg.adapter.kind == "lora"
+    assert cfg.adapter.rank is None or cfg.adapter.kind in ("lora", "xgblora")
     (tmp_path / "config.yaml").write_text(config.dump(cfg))
     assert config.read(TrainConfig, [str(tmp_path / "config.yaml")]).resolved() == cfg
 

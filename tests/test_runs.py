@@ -261,13 +261,18 @@ def test_the_command_exits_2_with_one_line_and_no_traceback(
 
 
 def test_plan_counts_what_training_counts(tmp_path: Path) -> None:
-    found = runs.plan(config.read(config.PlanConfig, ["model=demo", "adapter.rank=4", "batch_size=2", "length=16"]))
+    prefix = ("prefix.num_tokens=3", "prefix.reparameterize=false")
+    found = runs.plan(
+        config.read(config.PlanConfig, ["model=demo", "adapter.rank=4", "batch_size=2", "length=16", *prefix])
+    )
     base = models.load("demo", kind="causal")
     assert found.num_parameters == sum(parameter.numel() for parameter in base.model.parameters())
-    by_backprop, by_spsa, full = found.ways
+    by_backprop, by_spsa, full, full_by_spsa, *by_prefix = found.ways
     assert by_backprop.num_trainable == 8 * 4 * (128 + 128)
     assert by_spsa.activations_bytes < by_backprop.activations_bytes
     assert full.num_trainable == found.num_parameters and full.total_bytes > by_backprop.total_bytes
+    assert full_by_spsa.num_trainable == found.num_parameters and full_by_spsa.total_bytes < full.total_bytes
+    assert [each.num_trainable for each in by_prefix] == [3 * 4 * 2 * 128] * 2  # tokens, layers, keys and values, width
     assert "8.00 kB" not in lorica("plan", "model=demo")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from command_line import lorica
 from lorica import config, files, planning, runs
@@ -13,6 +14,7 @@ from lorica.config import AblateConfig, CompareConfig
 from lorica.demo import language
 from lorica.errors import LoricaError, ResumeError
 from lorica.runs import Forecast, ready
+from lorica.runs.studying.plan import forwards_of
 from lorica.runs.studying.study import looked_ahead
 
 TINY = (
@@ -91,15 +93,42 @@ def test_what_is_left_takes_as_long_as_what_is_done(words: tuple[str, ...], data
 
 def test_memory_is_as_lorica_plan_finds_it(words: tuple[str, ...]) -> None:
     zo, told = "{name: zo, overrides: {trainer: zo}}", "{name: full zo, overrides: {adapter.kind: full, trainer: zo}}"
-    given = config.read(CompareConfig, [*words, f"arms=[lora, full, {zo}, {told}, prefix]", "max_steps=1"])
+    given = config.read(CompareConfig, [*words, f"arms=[lora, full, {zo}, {told}, prefix]", "prefix.num_tokens=3"])
     _, known = looked_ahead(given)
     asked = {"targets": "standard", "rank": 8, "optimizer": "adamw", "batch_size": 2, "dtype": "float32"}
-    ways = planning.plan("demo", **asked, length=known["lora", "topic"].length).ways  # type: ignore[arg-type]
+    ways = planning.plan("demo", **asked, length=known["lora", "topic"].length, num_prefix=3).ways  # type: ignore[arg-type]
     memory = {each.arm: each.memory_bytes for each in runs.plan_study(given).arms}
-    assert (memory["lora"], memory["zo"], memory["full"]) == tuple(way.total_bytes for way in ways)
-    assert memory["full zo"] is None and memory["prefix"] is None
-    printed = lorica("compare", *words, "arms=[lora, prefix]", "max_steps=1", "plan=true")
-    assert "– where it knows none: prefixes" in " ".join(printed.split())
+    assert [memory[arm] for arm in ("lora", "zo", "full", "full zo", "prefix")] == [way.total_bytes for way in ways[:5]]
+    printed = lorica("compare", *words, "arms=[lora, linear_probe]", "task.kind=classification", "plan=true")
+    assert "– where it knows none: linear probes" in " ".join(printed.split())
+
+
+@pytest.mark.parametrize(
+    ("arm", "looked"),
+    [
+        ("{trainer: zo}", 4),
+        ("{trainer: zo, adapter.kind: xgblora, boosting.merge_frequency: 1}", 4),
+        ("{trainer: zo, adapter.kind: xgblora, boosting.use_adaptive_merge: true}", 4),
+        ("{trainer: zo, zo.train: both}", 0),
+        ("{trainer: backprop}", 0),
+    ],
+)
+def test_a_budget_of_forwards_holds_what_goes_before_the_steps(words: tuple[str, ...], arm: str, looked: int) -> None:
+    """And a step more would be beyond it."""
+    given = (*words, "max_forwards=100", "learning_rate=1e-3", f"arms=[{{name: x, overrides: {arm}}}]")
+    plan, known = looked_ahead(config.read(CompareConfig, given))
+    (run,), before = plan.finals({}), known["x", "topic"].before
+    assert (before.num_rows, before.num_forwards) == (8, looked) and run.cfg.max_steps
+    assert forwards_of(run.cfg, run.cfg.max_steps, before) <= 100 < forwards_of(run.cfg, run.cfg.max_steps + 1, before)
+    if looked:
+        counted = files.read_records(runs.train(run.cfg, Console(quiet=True)).run.training_loss)[-1]["forwards"]
+        assert counted == forwards_of(run.cfg, run.cfg.max_steps, before) == known["x", "topic"].num_forwards
+
+
+def test_a_budget_of_forwards_that_cannot_be_held_is_refused(words: tuple[str, ...]) -> None:
+    given = config.read(CompareConfig, [*words, "trainer=zo", "learning_rate=1", "arms=[lora]", "max_forwards=11"])
+    with pytest.raises(LoricaError, match=r"max_forwards=11 .* step takes with the first look at 8 rows, which is 12"):
+        looked_ahead(given)
 
 
 def test_a_budget_in_seconds_leaves_the_steps_to_the_clock(words: tuple[str, ...]) -> None:

@@ -161,16 +161,17 @@ def test_a_fit_that_lowers_nothing_is_left_out_and_said(
         assert all(torch.equal(value, factors(without)[name]) for name, value in factors(found).items())
 
 
-def test_each_booster_has_a_warm_start_of_its_own(data: Path, tmp_path: Path) -> None:
+def test_the_first_booster_holds_it(data: Path, tmp_path: Path) -> None:
+    """It has LoRA's rank, and the others, of rank 1, begin with nothing."""
     words = ("adapter.kind=xgblora", "boosting.steps_per_iteration=2", "max_steps=6", f"task.path={data / 'topic'}")
-    found, _ = train(tmp_path / "run", *words, "zo.warm_start_steps=4")
+    found, said = train(tmp_path / "run", *words, "zo.warm_start_steps=4")
+    assert "rank 8, then 1, scale 2" in said
     steps = files.read_records(found.run.training_loss)
-    taken = [LOOKED_AT + 8 * step["step"] + (2 * 4 + 1) * -(-step["step"] // 2) for step in steps]
-    assert [step["forwards"] for step in steps] == taken
+    assert [step["forwards"] for step in steps] == [LOOKED_AT + (2 * 4 + 1) + 8 * step["step"] for step in steps]
     chain = peft_format.read(found.run.adapter).updates
     last = {name[:-2] for name in in_last_block([f"{path}.{name}" for path in chain for name in "AB"])}
     for path, update in chain.items():
-        assert (update.B.norm(dim=0) > 0).tolist() == [path in last] * update.rank == [path in last] * 3
+        assert (update.B.norm(dim=0) > 0).tolist() == [path in last] * 8 + [False] * 2
 
 
 @pytest.mark.parametrize("kind", ["lora", "xgblora"])
@@ -214,6 +215,23 @@ def test_who_begins_so(words: list[str], expected: bool) -> None:
     cfg = config.read(TrainConfig, ["model=demo", "task=sst2", "trainer=zo", *words])
     assert cfg.warm_starts() == cfg.resolved().warm_starts() == expected
     assert not config.read(TrainConfig, ["model=demo", "task=sst2"]).warm_starts()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], [8, 1]),
+        (["zo.warm_start_steps=0"], None),
+        (["adapter.rank=1"], None),
+        (["adapter.rank=8"], None),
+        (["boosting.ranks=[2, 1]"], [2, 1]),
+        (["zo.train=both"], None),
+    ],
+)
+def test_what_boosting_begins_with_is_as_large_as_a_lora(words: list[str], expected: list[int] | None) -> None:
+    cfg = config.read(TrainConfig, ["model=demo", "task=sst2", "trainer=zo", "adapter.kind=xgblora", *words]).resolved()
+    assert cfg.boosting.ranks == expected
+    assert config.check(TrainConfig, cfg.model_dump(mode="json")).resolved() == cfg
 
 
 def test_it_costs_at_most_a_tenth_of_the_steps_passes() -> None:

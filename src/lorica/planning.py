@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorica import models
 from lorica.adapters import injection
+from lorica.adapters import prefix as prefixes
+from lorica.adapters.prefix import Prefix
+from lorica.errors import ModelError
 from lorica.models import Base, Kind
+from lorica.optim.streamed import CHUNK_ELSEWHERE
 
 Made = TypeVar("Made")
-STATES = {"adamw": 2, "momentum": 1, "sgd": 0}  # numbers kept for each trainable one, beside its gradient
+Trained = Literal["adapter", "full", "prefix"]
+STATES = {"adamw": 2, "momentum": 1, "sgd": 0}  # numbers kept for each trainable one
+HELD_BY_SPSA = 3  # numbers for each trainable one while a probe runs: a direction's, its own, and the probe's
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train, in bytes: weights with the adapter, gradients and optimizer state, peak of a step's work."""
+    """One way to train, in bytes: weights with what is trained, what is kept from step to step, peak of a step's work.
+
+    Gradients are alive at the peak, so they are in it. Zeroth order keeps nothing, and holds some vectors of what it
+    trains while a probe runs: `state_bytes` is those.
+    """
 
     name: str
     num_trainable: int
@@ -46,7 +59,9 @@ class Plan:
     length: int
     rank: int
     num_targets: int
+    num_prefix: int
     ways: tuple[Way, ...]
+    without: str | None = None  # why the base takes no prefix
 
 
 def plan(
@@ -58,25 +73,32 @@ def plan(
     optimizer: str,
     batch_size: int,
     length: int,
+    num_prefix: int = 5,
+    reparameterize: bool | None = None,
+    kinds: Collection[Trained] = ("adapter", "full", "prefix"),
     kind: Kind | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """The memory of backprop and zeroth order through an adapter, and of full tuning, at one batch of `length` tokens.
+    """The memory of backprop and zeroth order through each of `kinds`, at one batch of `length` tokens.
 
     Nothing is loaded or computed: a forward and a backward pass run on the meta device, where the sizes of the tensors
-    alive at once are added up. Kernels' own workspaces and the allocator's rounding are not counted.
+    alive at once are added up. Kernels' own workspaces and the allocator's rounding are not counted. A prefix is made
+    by a network under backprop alone, unless `reparameterize` says; a base that takes none is told, not refused.
+    Zeroth order is SPSA along one direction, one probe in a pass.
     """
     base = models.on_meta(name, kind=kind, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     num_parameters = _count(base.model.parameters())
     inputs = _inputs(base, batch_size, length)
-    full = _full_tuning(base, inputs, optimizer)
     paths = models.target_modules(base, targets)
-    with torch.device("meta"):
-        adapter = injection.create(base.model, paths, rank=rank, alpha=1.0, heads=base.heads)
-    live = injection.inject(base.model, adapter)
-    ways = (*_adapter_ways(base, live, inputs, optimizer), full)
-    return Plan(name, dtype, num_parameters, batch_size, length, rank, len(paths), ways)
+    full = _full_tuning(base, inputs, optimizer) if "full" in kinds else []
+    prefix, without = _prefix_tuning(base, inputs, optimizer, num_prefix, reparameterize, "prefix" in kinds)
+    adapter = _adapter_ways(base, paths, rank, inputs, optimizer) if "adapter" in kinds else []
+    return Plan(
+        *(name, dtype, num_parameters, batch_size, length, rank, len(paths), num_prefix),
+        ways=(*adapter, *full, *prefix),
+        without=without,
+    )
 
 
 def _inputs(base: Base, batch_size: int, length: int) -> dict[str, Any]:
@@ -89,28 +111,72 @@ def _inputs(base: Base, batch_size: int, length: int) -> dict[str, Any]:
     return inputs
 
 
-def _adapter_ways(base: Base, live: injection.Live, inputs: Mapping[str, Any], optimizer: str) -> list[Way]:
+def _adapter_ways(base: Base, paths: Sequence[str], rank: int, inputs: Mapping[str, Any], optimizer: str) -> list[Way]:
+    with torch.device("meta"):
+        adapter = injection.create(base.model, paths, rank=rank, alpha=1.0, heads=base.heads)
+    live = injection.inject(base.model, adapter)
     trainable = _count(live.trainable().values())
     weights = _bytes(base.model.parameters())
-    ways = []
-    for name, state, backward in (
-        ("adapter, backprop", 4 * trainable * (1 + STATES[optimizer]), True),
-        # spsa holds the gradient, one direction and the moved parameters
-        ("adapter, spsa", 4 * trainable * 3, False),
-    ):
-        peak = peak_bytes(lambda backward=backward: _pass(base.model, inputs, backward))  # type: ignore[misc]
-        ways.append(Way(name, trainable, weights, state, peak))
-    return ways
+    by_backprop, by_spsa = (_peak_of_pass(base, inputs, backward) for backward in (True, False))
+    return [
+        Way("adapter, backprop", trainable, weights, 4 * trainable * STATES[optimizer], by_backprop),
+        Way("adapter, spsa", trainable, weights, 4 * trainable * HELD_BY_SPSA, by_spsa),
+    ]
 
 
-def _full_tuning(base: Base, inputs: Mapping[str, Any], optimizer: str) -> Way:
+def _full_tuning(base: Base, inputs: Mapping[str, Any], optimizer: str) -> list[Way]:
     base.model.requires_grad_(True)
-    weights = _bytes(base.model.parameters())
-    peak = peak_bytes(lambda: _pass(base.model, inputs, backward=True))
+    trainable, weights = _count(base.model.parameters()), _bytes(base.model.parameters())
+    by_backprop = _peak_of_pass(base, inputs, backward=True)
+    base.model.requires_grad_(False)
+    with _MadeByRows():
+        by_spsa = _peak_of_pass(base, inputs, backward=False)
+    return [
+        Way("full, backprop", trainable, weights, weights * STATES[optimizer], by_backprop),
+        Way("full, spsa", trainable, weights, 0, by_spsa),
+    ]
+
+
+def _prefix_tuning(
+    base: Base, inputs: Mapping[str, Any], optimizer: str, num_tokens: int, reparameterize: bool | None, asked: bool
+) -> tuple[list[Way], str | None]:
+    """The ways, or why there are none."""
+    if not asked:
+        return [], None
+    try:
+        values = made(lambda: models.past(base, torch.zeros(num_tokens, dtype=torch.long)))
+    except ModelError as error:
+        return [], str(error)
+    inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+    ways = []
+    for name, backward in (("prefix, backprop", True), ("prefix, spsa", False)):
+        by_network = backward if reparameterize is None else reparameterize
+        with torch.device("meta"):
+            live = prefixes.lay_on(base.model, Prefix(values), partial(models.cache, base), reparameterize=by_network)
+        trainable = _count(live.module.parameters())
+        weights = _bytes(base.model.parameters()) + _bytes(live.module.buffers())
+        held = STATES[optimizer] if backward else HELD_BY_SPSA
+        ways.append(Way(name, trainable, weights, 4 * trainable * held, _peak_of_pass(base, inputs, backward)))
+        prefixes.remove(live)
+    return ways, None
+
+
+def _peak_of_pass(base: Base, inputs: Mapping[str, Any], backward: bool) -> int:
+    """The most bytes alive in a pass, the gradients of what is trained among them; they are dropped at the end.
+
+    Raises ModelError for a model that cannot be run without numbers.
+    """
+    try:
+        with models.quiet(), _FusedAttention():
+            peak = peak_bytes(lambda: _pass(base.model, inputs, backward))
+    except NotImplementedError as error:
+        reason = str(error).partition(": ")[0]
+        raise ModelError(
+            f"{base.name} as a {base.kind} model cannot be planned: its pass asks for numbers ({reason})"
+        ) from None
     for parameter in base.model.parameters():
         parameter.grad = None
-    # The gradients are alive at the peak, so they are in it; the optimizer's state comes on top.
-    return Way("full, backprop", _count(base.model.parameters()), weights, weights * STATES[optimizer], peak)
+    return peak
 
 
 def _pass(model: nn.Module, inputs: Mapping[str, Any], backward: bool) -> None:
@@ -131,6 +197,51 @@ def made(work: Callable[[], Made]) -> Made:
     """What `work` makes on the meta device."""
     with models.quiet(), _AliveBytes():
         return work()
+
+
+class _MadeByRows(TorchFunctionMode):
+    """Beside every operation that is handed a parameter, what `optim.streamed` makes for it: some of its rows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        drawn = [_bytes_drawn(each, CHUNK_ELSEWHERE) for each in args if isinstance(each, nn.Parameter)]
+        if func is F.embedding:
+            tokens, weight = args[:2]
+            drawn = [_bytes_drawn(weight, tokens.numel() * weight.shape[1])]
+        held = [torch.empty(size, dtype=torch.uint8, device="meta") for size in drawn]
+        found = func(*args, **(kwargs or {}))
+        del held
+        return found
+
+
+def _bytes_drawn(parameter: Tensor, most: int) -> int:
+    """Of the signs of so many numbers: float32, a row in steps of 256, and the 32 bits by which 8 are looked up."""
+    width = parameter.numel() if parameter.dim() < 2 else parameter.numel() // len(parameter)
+    num_rows = max(1, min(most, parameter.numel()) // width)
+    return num_rows * -(-width // 256) * 256 * (4 * 8 + 4) // 8
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention by a fused kernel, as every device has it; the meta device alone would hold all scores at once."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **_: Any,
+) -> Tensor:
+    mask = None if attn_mask is None else torch.zeros_like(attn_mask, dtype=query.dtype)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    found: Tensor = fused(query, key, value, dropout_p, is_causal, attn_mask=mask)[0]
+    return found
 
 
 class _AliveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
 
 RATES = {"lora": (1e-3, 1e-4), "full": (5e-5, 1e-6), "prefix": (1e-3, 1e-3)}  # by backprop, under zo
 RATE_OF_SEVERAL = 1e-3  # under zo, where the mean of several one-sided directions is taken
-RATE_AFTER_WARM_START = 3e-4  # the same, from where a larger one would lead away again
+# The same, from where a larger one would lead away again; boosters of rank 1 have fewer directions, and bear more.
+RATES_AFTER_WARM_START = {"lora": 3e-4, "xgblora": 6e-4}
 NUM_STEPS, MOST_STEPS = 1000, 1_000_000  # the latter of a run whose length is a time
-NUM_BOOSTERS = 8  # of a boosted run whose rounds begin with a warm start
+RANKS = {"lora": 8, "xgblora": 1}
+NUM_BOOSTERS = 8  # of a boosted run that begins with a warm start
 
 
 def of_run(cfg: TrainConfig) -> dict[str, Any]:
@@ -53,13 +55,13 @@ def warm_starts(cfg: TrainConfig) -> bool:
 def _rate(cfg: TrainConfig) -> float:
     zeroth_order = cfg.trainer == "zo"
     if zeroth_order and cfg.adapter.kind in LOW_RANK and _estimator(cfg) == "one_sided":
-        return RATE_AFTER_WARM_START if warm_starts(cfg) else RATE_OF_SEVERAL
+        return RATES_AFTER_WARM_START[cfg.adapter.kind] if warm_starts(cfg) else RATE_OF_SEVERAL
     return RATES.get(cfg.adapter.kind, RATES["lora"])[zeroth_order]
 
 
 def _low_rank_section(cfg: TrainConfig) -> dict[str, Any]:
     boosted = cfg.adapter.kind == "xgblora"
-    rank = cfg.adapter.rank or (1 if boosted else 8)
+    rank = cfg.adapter.rank or RANKS[cfg.adapter.kind]
     alpha = cfg.adapter.alpha or (1.0 if boosted and cfg.trainer != "zo" else 2.0) * rank
     return {"adapter": cfg.adapter.model_copy(update={"rank": rank, "alpha": alpha})}
 
@@ -76,17 +78,28 @@ def _zeroth_order_sections(cfg: TrainConfig, num_steps: int | None) -> dict[str,
     )
     if not low_rank:
         return {"zo": zo}
-    rounds = {"train_factors": factors, "steps_per_iteration": _steps_of_a_round(cfg, num_steps)}
+    rounds = {
+        "train_factors": factors,
+        "steps_per_iteration": _steps_of_a_round(cfg, num_steps),
+        "ranks": _ranks_of_rounds(cfg),
+    }
     boosting = cfg.boosting.model_copy(update=rounds) if cfg.adapter.kind == "xgblora" else cfg.boosting
     return {"zo": zo.model_copy(update={"train": factors}), "boosting": boosting}
 
 
 def _steps_of_a_round(cfg: TrainConfig, num_steps: int | None) -> int | None:
-    """Under warm starts, where no rule is asked for, as many boosters as an adapter usually has ranks."""
+    """Behind a warm start, where no rule is asked for, as many boosters as an adapter usually has ranks."""
     asked = cfg.boosting.model_fields_set & {"steps_per_iteration", "use_adaptive_merge", "merge_frequency"}
     if asked or not num_steps or cfg.max_seconds is not None or not warm_starts(cfg):
         return cfg.boosting.steps_per_iteration
     return -(-num_steps // NUM_BOOSTERS)
+
+
+def _ranks_of_rounds(cfg: TrainConfig) -> list[int] | None:
+    """Behind a warm start, where no rank is asked for: the booster that holds it is as large as a LoRA."""
+    if cfg.boosting.ranks or cfg.adapter.rank or not warm_starts(cfg):
+        return cfg.boosting.ranks
+    return [RANKS["lora"], RANKS["xgblora"]]
 
 
 def _estimator(cfg: TrainConfig) -> Literal["spsa", "one_sided", "forward_gradient"]:

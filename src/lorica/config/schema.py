@@ -99,7 +99,8 @@ class PrefixConfig(Section):
 class BoostingConfig(Section):
     """How adapter.kind=xgblora boosts. The one rule in force: steps if given, else adaptive if on, else epochs.
 
-    Where none is given, a run by zeroth order whose rounds begin with a warm start has eight rounds of equal length.
+    Where none is given, a run with a warm start has eight rounds of equal length; where no rank is, the first of its
+    boosters, which holds the warm start, is as large as a LoRA.
     """
 
     steps_per_iteration: int | None = Field(None, ge=1, description="a round is so many optimizer steps")
@@ -114,7 +115,9 @@ class BoostingConfig(Section):
     probe_size: int = Field(64, ge=8, description="examples cut off the training data for the probe")
     probe_k: float = Field(1.0, ge=0, description="standard errors by which the probe must improve")
     shrinkage: float = Field(1.0, gt=0, le=1)
-    ranks: list[int] | None = Field(None, description="rank of each round; the last one goes on")
+    ranks: list[int] | None = Field(
+        None, description="rank of each round; the last one goes on. None: adapter.rank; behind a warm start [8, 1]"
+    )
     train_factors: Literal["both", "B"] = "both"
     layer_fraction: float = Field(1.0, gt=0, le=1, description="share of the modules, drawn anew each round")
     orthogonal: bool = Field(False, description="draw A orthogonal to the boosters so far")
@@ -204,7 +207,7 @@ class TrainConfig(Section):
     learning_rate: float | None = Field(
         None,
         ge=0,
-        description="None: 1e-3; under zo 3e-4 after a warm start, 1e-4 by two-sided probes; full 5e-5, zo 1e-6",
+        description="None: 1e-3; under zo 3e-4 after a warm start (boosted 6e-4), 1e-4 two-sided; full 5e-5, zo 1e-6",
     )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient to this norm; None: no clipping")

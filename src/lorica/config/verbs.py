@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lorica.config.schema import AdapterConfig, Model, ModelConfig, Section, TaskConfig, name_alone
+from lorica.config.schema import AdapterConfig, Model, ModelConfig, PrefixConfig, Section, TaskConfig, name_alone
 
 
 class EvaluateConfig(Section):
@@ -82,6 +82,7 @@ class PlanConfig(Section):
 
     model: Model = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
+    prefix: PrefixConfig = PrefixConfig()
     batch_size: int = Field(16, ge=1)
     length: int = Field(128, ge=1, description="tokens in a row")
     optimizer: Literal["adamw", "sgd", "momentum"] = "adamw"

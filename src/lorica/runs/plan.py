@@ -17,6 +17,8 @@ def plan(given: PlanConfig) -> Plan:
         optimizer=given.optimizer,
         batch_size=given.batch_size,
         length=given.length,
+        num_prefix=given.prefix.num_tokens,
+        reparameterize=given.prefix.reparameterize,
         kind=None if given.model.kind == "auto" else given.model.kind,
         revision=given.model.revision,
         trust_remote_code=given.model.trust_remote_code,

@@ -19,7 +19,7 @@ TASK, METRIC, COLUMNS = 0, 3, (0, 1, 2, 4, 5, 6, 7)  # of a study's table
 LOOK: Mapping[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False}
 COLOURS = {"better": "green", "worse": "red"}
 PLAN_HEAD = ("arm", "rates", "runs", "steps", "forwards", "trainable", "memory", "done", "left")
-NO_MEMORY = "prefixes, linear probes, full tuning by zeroth order and quantised bases"
+NO_MEMORY = "linear probes, quantised bases and models that cannot be run without numbers"
 
 
 def study(found: Mapping[str, Any]) -> list[Table | str]:
@@ -93,6 +93,8 @@ def _footnotes(found: Forecast) -> list[str]:
     lines = ["runs: that choose a rate + that are compared; steps and forwards: of a run, and below of all of them"]
     if any(each.num_steps is None for each in found.arms):
         lines.append("steps and forwards: – where seconds are the budget, for the clock decides")
+    if any(each.num_forwards is None and each.num_steps is not None for each in found.arms):
+        lines.append("forwards: – where rounds end by the loss, for each has a warm start")
     lines.append("memory: as `lorica plan` finds it, at a batch of rows as long as the longest that is trained on")
     if any(each.memory_bytes is None for each in found.arms):
         lines[-1] += f"; – where it knows none: {NO_MEMORY}"

@@ -48,7 +48,7 @@ class Progress:
     num_bad: int = 0
     bad_in_a_row: int = 0
     num_left_out: int = 0
-    num_warm_starts: int = 0
+    has_warm_start: bool = False
 
 
 OnStep = Callable[[Step], str | None]

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorica import planning
-from lorica.config import ModelConfig
+from lorica.config.contradictions import LOW_RANK
+from lorica.config.schema import ModelConfig, PrefixConfig
+from lorica.errors import ModelError
 from lorica.models import Kind
 from lorica.runs.studying.outcome import Found, check_folders, chosen_rates, found_runs, title
 from lorica.runs.studying.plan import Study, StudyPlan
@@ -128,26 +130,37 @@ def _foreseen(
 
 def _memory_bytes(known: Rehearsed, ways: Ways) -> int | None:
     """What a run holds at once, at a batch of rows as long as its longest; None of what `lorica plan` does not know."""
-    cfg, is_full = known.cfg, known.cfg.adapter.kind == "full"
-    by_zo = cfg.trainer == "zo"
-    unknown = cfg.adapter.kind in ("prefix", "linear_probe") or (is_full and by_zo)
-    if unknown or cfg.model.quantization != "none":
+    cfg, kind = known.cfg, "adapter" if known.cfg.adapter.kind in LOW_RANK else known.cfg.adapter.kind
+    if kind == "linear_probe" or cfg.model.quantization != "none":
         return None
-    targets = "all-linear" if is_full else cfg.adapter.targets  # full tuning has none, which some bases lack too
-    found = ways(
-        cfg.model.model_dump_json(),
-        known.kind,
-        targets if isinstance(targets, str) else tuple(targets),
-        max(cfg.boosting.ranks or [cfg.adapter.rank or 1]),
-        cfg.optimizer or "adamw",
-        cfg.batch_size,
-        known.length,
-    )
-    return found[f"{'full' if is_full else 'adapter'}, {'spsa' if by_zo else 'backprop'}"]
+    targets = cfg.adapter.targets if kind == "adapter" else "all-linear"  # which some bases lack of the others
+    try:
+        found = ways(
+            cfg.model.model_dump_json(),
+            known.kind,
+            kind,
+            targets if isinstance(targets, str) else tuple(targets),
+            max(cfg.boosting.ranks or [cfg.adapter.rank or 1]),
+            cfg.optimizer or "adamw",
+            cfg.batch_size,
+            known.length,
+            cfg.prefix,
+        )
+    except ModelError:
+        return None
+    return found[f"{kind}, {'spsa' if cfg.trainer == 'zo' else 'backprop'}"]
 
 
 def _ways(
-    model: str, kind: Kind, targets: str | tuple[str, ...], rank: int, optimizer: str, batch_size: int, length: int
+    model: str,
+    kind: Kind,
+    trained: planning.Trained,
+    targets: str | tuple[str, ...],
+    rank: int,
+    optimizer: str,
+    batch_size: int,
+    length: int,
+    prefix: PrefixConfig,
 ) -> dict[str, int]:
     """The ways to train a base, whose section is `model`, and the bytes that each holds at once."""
     said = ModelConfig.model_validate_json(model)
@@ -159,6 +172,9 @@ def _ways(
         optimizer=optimizer,
         batch_size=batch_size,
         length=length,
+        num_prefix=prefix.num_tokens,
+        reparameterize=prefix.reparameterize,
+        kinds=[trained],
         kind=kind,
         revision=said.revision,
         trust_remote_code=said.trust_remote_code,

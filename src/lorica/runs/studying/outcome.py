@@ -17,7 +17,7 @@ from lorica.errors import ResumeError
 from lorica.evaluation.metrics import Array
 from lorica.evaluation.predictions import read_values
 from lorica.results import RunFolder
-from lorica.runs.studying.plan import Planned, StudyPlan
+from lorica.runs.studying.plan import Key, Planned, StudyPlan
 from lorica.runs.training.learning import config_identity
 from lorica.runs.training.resuming import differing
 from lorica.studies.comparison import Interval, interval
@@ -26,7 +26,6 @@ FAILURES = "failures.jsonl"
 CSV_HEAD = ("arm", "task", "seed", "learning_rate", "metric", "score", "state", "folder", "error")
 State = Literal["finished", "failed", "missing"]
 Record = dict[str, Any]
-Key = tuple[str, str]  # an arm and a task
 
 
 @dataclass(frozen=True)

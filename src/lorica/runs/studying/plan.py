@@ -7,7 +7,7 @@ import contextlib
 import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +19,14 @@ from lorica.config.studies import KINDS
 from lorica.errors import ConfigError, LoricaError
 from lorica.runs.evaluating.asked_tasks import PLACE, folder_of
 from lorica.runs.sources import task_name
+from lorica.runs.training.first_look import NUM_EXAMPLES
 from lorica.runs.training.learning import config_identity
+from lorica.runs.training.lora import init_of
 from lorica.runs.training.warm_start import num_batches, num_forwards
 
 Role = Literal["tuning", "final"]
 Study = CompareConfig | AblateConfig
+Key = tuple[str, str]  # an arm and a task
 Tree = dict[str, Any]
 SECTIONS_OF = {
     "boosting": ("xgblora",),
@@ -57,12 +60,20 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class Before:
+    """What is known of a run before its first step, once its data is read."""
+
+    num_rows: int  # that it trains on
+    num_forwards: int  # of its first look at them
+
+
+@dataclass(frozen=True)
 class StudyPlan:
     """What a study's config asks for, checked: `trees` holds a config for each (arm, task), without seed and rate."""
 
     given: Study
     tasks: Mapping[str, Tree]
-    trees: Mapping[tuple[str, str], Tree] = field(repr=False)
+    trees: Mapping[Key, Tree] = field(repr=False)
 
     def is_tuned(self, arm: str, task: str) -> bool:
         """Whether a rate is chosen for this arm: where it has one, and nobody has said which."""
@@ -79,7 +90,7 @@ class StudyPlan:
             for seed in self.given.tuned_seeds
         ]
 
-    def finals(self, chosen: Mapping[tuple[str, str], float | None]) -> list[Planned]:
+    def finals(self, chosen: Mapping[Key, float | None]) -> list[Planned]:
         """The runs that are compared; of an arm that is tuned, as far as its rate is chosen."""
         return [
             self._run(arm, task, seed, chosen.get((arm, task)), "final")
@@ -88,7 +99,7 @@ class StudyPlan:
             for seed in self.given.seeds
         ]
 
-    def every_choice(self) -> list[dict[tuple[str, str], float | None]]:
+    def every_choice(self) -> list[dict[Key, float | None]]:
         """Choices of rates among which every arm has each of its own."""
         tuned = {key: self.rates(*key) for key in self.trees if self.is_tuned(*key)}
         return [
@@ -134,6 +145,18 @@ def told_of(arm: str, task: str) -> Iterator[None]:
         yield
     except LoricaError as error:
         raise type(error)(f"arm {arm!r} on {task}: {error}") from None
+
+
+def within_budget(plan: StudyPlan, before: Mapping[Key, Before]) -> StudyPlan:
+    """The plan with a budget of forward passes cut to what is left behind each (arm, task)'s first look."""
+    if plan.given.budget[0] != "forwards":
+        return plan
+    trees = dict(plan.trees)
+    for key, tree in plan.trees.items():
+        if _kind(tree) != "linear_probe":
+            with told_of(*key):
+                trees[key] = tree | _length(plan.given, tree, before[key])
+    return replace(plan, trees=trees)
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -194,26 +217,36 @@ def _has(kind: str, trainer: str, key: str) -> bool:
     return kind in SECTIONS_OF.get(key, KINDS)
 
 
-def _length(given: Study, tree: Tree) -> Tree:
-    """The budget as an arm's own length."""
+def _length(given: Study, tree: Tree, before: Before | None = None) -> Tree:
+    """The budget as an arm's own length; one of forward passes needs to know what goes `before` the steps."""
     unit, amount = given.budget
     if unit != "forwards":
         key = {"steps": "max_steps", "epochs": "num_epochs", "seconds": "max_seconds"}[unit]
         return {key: amount}
 
     def passes(num_steps: int) -> int:
-        return forwards_of(config.check(TrainConfig, {**tree, "max_steps": num_steps}).resolved(), num_steps)
+        return forwards_of(config.check(TrainConfig, {**tree, "max_steps": num_steps}).resolved(), num_steps, before)
 
     if amount < passes(1):
-        raise ConfigError(f"max_forwards={amount} is less than one step takes, which is {passes(1)}")
+        looked = f" with the first look at {before.num_rows} rows" if before and before.num_forwards else ""
+        raise ConfigError(f"max_forwards={amount} is less than one step takes{looked}, which is {passes(1)}")
     return {"max_steps": bisect.bisect_right(range(1, int(amount) + 1), amount, key=passes)}
 
 
-def forwards_of(cfg: TrainConfig, num_steps: int) -> int:
-    """Forward passes of so many steps by a resolved config, with the warm starts of the rounds that it says."""
-    boosting, boosted = cfg.boosting, cfg.adapter.kind == "xgblora"
-    num_rounds = -(-num_steps // boosting.steps_per_iteration) if boosted and boosting.steps_per_iteration else 1
-    return num_steps * forwards_per_step(cfg) + num_rounds * num_forwards(num_batches(cfg, num_steps))
+def forwards_of(cfg: TrainConfig, num_steps: int, before: Before | None = None) -> int:
+    """Forward passes of so many steps by a resolved config, and of its warm start.
+
+    Those of a first look are counted where what goes `before` the steps is given.
+    """
+    taken = num_steps * forwards_per_step(cfg) + (before.num_forwards if before else 0)
+    return taken + num_forwards(num_batches(cfg, num_steps))
+
+
+def looked_at(cfg: TrainConfig, num_rows: int) -> int:
+    """Forward passes of the first look that a config has at so many rows of training data, if they have classes."""
+    if cfg.adapter.kind not in LOW_RANK or init_of(cfg) != "discriminant":
+        return 0
+    return -(-min(num_rows, NUM_EXAMPLES) // cfg.batch_size)
 
 
 def forwards_per_step(cfg: TrainConfig) -> int:

@@ -5,9 +5,8 @@ Each task is read once for all arms that ask it alike, each tokenizer and each b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,13 +17,21 @@ from lorica import models, planning
 from lorica.adapters import bypass, injection
 from lorica.adapters.prefix import Reparameterized
 from lorica.config import ModelConfig, TaskConfig, TrainConfig
-from lorica.config.contradictions import LOW_RANK
 from lorica.evaluation.probing import check_classes
 from lorica.models import Base, Kind
 from lorica.runs.ready import Ready, chosen, kinds, ready, task_of, train_as_of
-from lorica.runs.studying.plan import Planned, StudyPlan, forwards_of, told_of
+from lorica.runs.studying.plan import (
+    Before,
+    Key,
+    Planned,
+    StudyPlan,
+    forwards_of,
+    looked_at,
+    told_of,
+    within_budget,
+)
 from lorica.runs.training import lora
-from lorica.runs.training.first_look import NUM_EXAMPLES, has_classes
+from lorica.runs.training.first_look import has_classes
 from lorica.runs.training.learning import Rows, num_steps, parted, splits_of
 from lorica.runs.training.train import check_machine
 from lorica.runs.training.xgblora import targets_of_round
@@ -40,16 +47,40 @@ class Rehearsed:
 
     cfg: TrainConfig  # of its first run
     kind: Kind  # of the base
-    num_steps: int | None  # None: as many as its seconds allow
-    num_forwards: int | None
+    before: Before
     num_trainable: int
     length: int  # tokens of the longest row that is trained on
 
+    @property
+    def num_steps(self) -> int | None:
+        """None: as many as its seconds allow."""
+        return num_steps(self.cfg, self.before.num_rows) if self.cfg.max_seconds is None else None
 
-def rehearsed(plan: StudyPlan) -> dict[tuple[str, str], Rehearsed]:
-    """For each (arm, task), a run up to where it would load its base's weights. Its errors name both."""
-    runs = [*plan.tuning(), *plan.finals(plan.every_choice()[0])]
-    bases, found = _Held(), {}
+    @property
+    def num_forwards(self) -> int | None:
+        """None where the clock decides."""
+        steps = self.num_steps
+        return None if steps is None else forwards_of(self.cfg, steps, self.before)
+
+
+def rehearsed(plan: StudyPlan) -> tuple[StudyPlan, dict[Key, Rehearsed]]:
+    """For each (arm, task), a run up to where it would load its base's weights. Its errors name both.
+
+    Beside it the plan, whose runs are as long as their budget allows by what has been seen of their data.
+    """
+    found = _each(plan)
+    plan = within_budget(plan, {key: each.before for key, each in found.items()})
+    cfgs = {(each.arm, each.task): each.cfg for each in reversed(_runs(plan))}
+    return plan, {key: replace(each, cfg=cfgs[key]) for key, each in found.items()}
+
+
+def _runs(plan: StudyPlan) -> list[Planned]:
+    """Those of every arm on every task, one at least of each."""
+    return [*plan.tuning(), *plan.finals(plan.every_choice()[0])]
+
+
+def _each(plan: StudyPlan) -> dict[Key, Rehearsed]:
+    runs, bases, found = _runs(plan), _Held(), {}
     for task in plan.tasks:
         data = _Held()  # of one task at a time: examples take memory
         for arm in [each.name for each in plan.given.arms]:
@@ -83,12 +114,11 @@ def _rehearsed(runs: Sequence[Planned], bases: _Held, data: _Held) -> Rehearsed:
     if cfg.adapter.kind == "linear_probe":
         check_classes([row.label for row in rows["train"]], len(stage.task.labels))
     trained_on, _ = parted(cfg, rows["train"])
-    steps = num_steps(cfg, len(trained_on)) if cfg.max_seconds is None else None
+    looked = looked_at(cfg, len(trained_on))
     return Rehearsed(
         cfg=cfg,
         kind=stage.base.kind,
-        num_steps=steps,
-        num_forwards=None if steps is None else _num_forwards(cfg, stage, len(trained_on), steps),
+        before=Before(len(trained_on), looked if looked and has_classes(cfg, stage.task) else 0),
         num_trainable=NUM_TRAINABLE[cfg.adapter.kind](cfg, stage),
         length=max(row.length for row in trained_on),
     )
@@ -114,14 +144,6 @@ def _base(model: ModelConfig, kind: Kind, num_labels: int) -> Base:
     source: Mapping[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     outline = models.on_meta(model.name, kind=kind, num_labels=num_labels, dtype=model.dtype, **source)
     return models.with_tokenizer(outline, **source)
-
-
-def _num_forwards(cfg: TrainConfig, stage: Ready, num_rows: int, steps: int) -> int:
-    """Forward passes of a run of so many steps, with those of a first look."""
-    taken = forwards_of(cfg, steps)
-    if cfg.adapter.kind not in LOW_RANK or lora.init_of(cfg) != "discriminant" or not has_classes(cfg, stage.task):
-        return taken
-    return taken + math.ceil(min(num_rows, NUM_EXAMPLES) / cfg.batch_size)
 
 
 def _of_low_rank(cfg: TrainConfig, stage: Ready) -> int:

@@ -22,14 +22,13 @@ from lorica.runs.studying.outcome import (
     CSV_HEAD,
     FAILURES,
     Found,
-    Key,
     check_folders,
     chosen_rates,
     final_rows,
     found_runs,
     outcome,
 )
-from lorica.runs.studying.plan import Planned, Study, StudyPlan, planned
+from lorica.runs.studying.plan import Key, Planned, Study, StudyPlan, planned
 from lorica.runs.studying.rehearsal import Rehearsed, rehearsed
 from lorica.studies import launcher
 from lorica.studies.curves import Curve, draw_losses
@@ -74,7 +73,7 @@ def looked_ahead(given: Study) -> tuple[StudyPlan, dict[Key, Rehearsed]]:
     given = _taken_up(given).resolved()
     plan = planned(given)
     launcher.find(given.launcher)
-    return plan, rehearsed(plan)
+    return rehearsed(plan)
 
 
 @dataclass

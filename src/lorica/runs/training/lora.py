@@ -186,7 +186,7 @@ def told(learning: RunUnderWay, first: Adapter) -> list[str]:
     count, scale = num_trainable(cfg, first), alpha / rank
     total = sum(parameter.numel() for parameter in learning.ready.base.model.parameters())
     lines = [
-        f"{cfg.adapter.kind} by {cfg.trainer}: rank {rank}, alpha {alpha:g}, scale {scale:g} on {len(first.updates)} "
+        f"{cfg.adapter.kind} by {cfg.trainer}: {_size(cfg)}, scale {scale:g} on {len(first.updates)} "
         f"modules; {count:,} parameters trainable, {count / total:.2%} of the base's {total:,}"
         + (f"; A stays as drawn ({init_of(cfg)})" if count < first.num_parameters() else "")
     ]
@@ -206,6 +206,13 @@ def told(learning: RunUnderWay, first: Adapter) -> list[str]:
     if cfg.trainer == "zo" and cfg.adapter.dropout:
         lines.append(f"warning: adapter.dropout={cfg.adapter.dropout:g} is off under zo: two probes would differ by it")
     return lines
+
+
+def _size(cfg: TrainConfig) -> str:
+    """Rank and alpha, or the ranks of the rounds, which share a scale."""
+    if cfg.adapter.kind == "xgblora" and cfg.boosting.ranks:
+        return f"rank {', then '.join(map(str, cfg.boosting.ranks))}"
+    return f"rank {cfg.adapter.rank}, alpha {cfg.adapter.alpha:g}"
 
 
 def _run_some_batches(learning: RunUnderWay, num_batches: int = 4) -> None:

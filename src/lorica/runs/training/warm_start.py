@@ -29,11 +29,11 @@ LARGEST_SHARE = 0.1  # of the forward passes of the run's steps, or of its time,
 PASSES = 2  # that a batch counts as: one forward, and a backward through the last block and what comes behind it
 LEARNING_RATE = 5e-3  # at first; it falls to zero
 
-FITTED = "fitted in round "  # k, in the names of what a log keeps of it
+FITTED = "fitted "  # in the names of what a log keeps of it
 
 
 def num_batches(cfg: TrainConfig, num_steps: int) -> int:
-    """How many batches each round of a resolved config's run of so many steps begins with."""
+    """How many batches a resolved config's run of so many steps begins with."""
     if not cfg.warm_starts():
         return 0
     if cfg.zo.warm_start_steps is not None:
@@ -55,32 +55,32 @@ def num_forwards(count: int) -> int:
 
 
 def planned(learning: RunUnderWay, new: Adapter) -> int:
-    """How many batches a round that trains `new` begins with: none where nothing of it lies in the last block."""
+    """How many batches a run that trains `new` first begins with: none where nothing of it lies in the last block."""
     count = num_batches(learning.cfg, learning.num_steps)
     return count if count and (new.heads or _paths(learning, new)) else 0
 
 
-def warm_started(learning: RunUnderWay, new: Adapter, number: int = 0) -> Adapter:
-    """`new`, which round `number` is about to train, with both factors in the last block, and the heads, fitted.
+def warm_started(learning: RunUnderWay, new: Adapter) -> Adapter:
+    """`new`, which is about to be trained first, with both factors in the last block, and the heads, fitted.
 
-    What is laid on the model stays; nothing below the last block keeps activations or has a gradient. A fit that does
-    not lower the loss of its batches is left out. The passes are counted, and `looked` has what was fitted; a run that
-    is taken again by its log takes it from there.
+    Nothing below the last block keeps activations or has a gradient. A fit that does not lower the loss of its batches
+    is left out. The passes are counted, and `looked` has what was fitted; a run that is taken again by its log takes it
+    from there.
     """
-    count, own = planned(learning, new), f"{FITTED}{number}: "
+    count = planned(learning, new)
     if learning.decided is None and count:
-        found = learning.processes.of_first(_fitted(learning, new, count, number))
-        learning.looked = {**learning.looked, **{f"{own}{name}": value for name, value in found.items()}}
+        found = learning.processes.of_first(_fitted(learning, new, count))
+        learning.looked = {**learning.looked, **{f"{FITTED}{name}": value for name, value in found.items()}}
     looked = learning.looked.items()
-    return _with(new, {name.removeprefix(own): value for name, value in looked if name.startswith(own)})
+    return _with(new, {name.removeprefix(FITTED): value for name, value in looked if name.startswith(FITTED)})
 
 
 def _paths(learning: RunUnderWay, new: Adapter) -> list[str]:
     return branches.of_last_block(learning.ready.base.model, list(new.updates))
 
 
-def _fitted(learning: RunUnderWay, new: Adapter, count: int, number: int) -> dict[str, Tensor]:
-    """Name -> bfloat16 value of what was fitted to the round's next batches; nothing if that was in vain."""
+def _fitted(learning: RunUnderWay, new: Adapter, count: int) -> dict[str, Tensor]:
+    """Name -> bfloat16 value of what was fitted to the run's first batches; nothing if that was in vain."""
     model, losses, progress = learning.ready.base.model, list[float](), Progress()
     objective, last = LossModule(model, learning.train_as), deque[Batch](maxlen=num_compared(count))
     paths, live = _paths(learning, new), injection.inject(model, new)
@@ -108,7 +108,7 @@ def _fitted(learning: RunUnderWay, new: Adapter, count: int, number: int) -> dic
         is_lower = False
     finally:
         injection.remove(live)
-    _count(learning.progress, progress, number)
+    _count(learning.progress, progress)
     if is_lower:
         return found
     said = f"warning: the warm start of {count} batches did not lower their loss: it is left out"
@@ -125,19 +125,18 @@ def _only(live: Live, paths: Collection[str]) -> dict[str, nn.Parameter]:
 
 
 def _batches(learning: RunUnderWay, count: int, last: deque[Batch]) -> Iterator[Batch]:
-    """The batches that the next steps will meet; the newest stay in `last`."""
+    """The batches that the run's first steps meet; the newest stay in `last`."""
     rows, collate = learning.rows["train"], learning.ready.collate(gold_only=learning.train_as == "lm")
-    start = learning.progress.step * learning.cfg.gradient_accumulation_steps
-    for indices in itertools.islice(learning.stream.indices(start), count):
+    for indices in itertools.islice(learning.stream.indices(), count):
         last.append(collate([rows[index] for index in indices]))
         yield last[-1]
 
 
-def _count(progress: Progress, own: Progress, number: int) -> None:
-    """Add what the warm start of round `number` took; a run that goes on inside that round has it already."""
-    if progress.num_warm_starts > number:
+def _count(progress: Progress, own: Progress) -> None:
+    """Add what the warm start took; a run that goes on from a checkpoint has it already."""
+    if progress.has_warm_start:
         return
-    progress.num_warm_starts = number + 1
+    progress.has_warm_start = True
     progress.forwards += num_forwards(own.step)
     progress.tokens += own.tokens
     progress.seconds += own.seconds

@@ -69,7 +69,7 @@ class XGBLora:
             foundation,
             self.ledger,
             rule=self.rule(),
-            new_booster=lambda number: warm_started(learning, self.new_booster(number), number),
+            new_booster=self._started_booster,
             train_round=train_round,
             num_steps=learning.num_steps,
             num_seconds=learning.num_seconds,
@@ -110,6 +110,11 @@ class XGBLora:
         new = lora.draw(self.learning, paths, self.look, rank=rank, round=number, chain=chain)
         before = self.ledger.boosters if self.ledger else []
         return Adapter(new.updates, before[-1].heads if before else new.heads, new.base_model)
+
+    def _started_booster(self, number: int) -> Adapter:
+        """The first one holds what the warm start has fitted."""
+        new = self.new_booster(number)
+        return new if number else warm_started(self.learning, new)
 
     def rule(self) -> RoundRule:
         """The round rule in force."""
