@@ -18,12 +18,13 @@ from lorica.runs.training import stretch_trainer
 from lorica.training import fit
 from lorica.training.loss_meter import LossMeter, LossTrend
 from test_resume import Killed, dies_at, what_must_agree
+from test_warm_start import learning_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 BASE = (
     *("model=demo", "trainer=zo", "batch_size=4", "max_steps=12", "save_steps=4", "learning_rate=1e-2"),
-    *("adapter.rank=2", "task.num_train=64", "task.num_dev=20", "task.num_eval=20"),
+    *("adapter.rank=2", "task.num_train=24", "task.num_dev=8", "task.num_eval=8"),
 )
 SCALED = (
     *("zo.estimator=one_sided", "zo.num_directions=3", "zo.distribution=rademacher", "zo.space=update"),
@@ -142,11 +143,11 @@ def test_in_update_space_alpha_changes_no_bit_of_a_run(data: Path, tmp_path: Pat
 def test_a_run_with_scaled_slopes_resumes_bit_for_bit(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    more = [*SCALED, kind, "max_steps=24", "gradient_accumulation_steps=2", "eval_steps=12"]
+    more = [*SCALED, kind, "max_steps=16", "gradient_accumulation_steps=2", "eval_steps=8"]
     more += ["boosting.steps_per_iteration=10"] if kind.endswith("xgblora") else []
     unbroken, _ = train(*words_for(data, tmp_path / "unbroken", *more))
     words = words_for(data, tmp_path / "run", *more)
-    for kill in (3, 11, 19):
+    for kill in (3, 9, 14):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(fit, "_told", dies_at(kill))
             train(*words)
@@ -170,7 +171,7 @@ def test_a_run_with_scaled_slopes_resumes_bit_for_bit(
 def test_a_step_counts_every_candidate_as_a_forward(data: Path, tmp_path: Path, more: list[str], forwards: int) -> None:
     run, said = train(*words_for(data, tmp_path / "run", "max_steps=3", *more))
     steps = files.read_records(run / "training_loss.jsonl")
-    first = 64 // 4  # the look at the classes, a batch a forward
+    first = 24 // 4  # the look at the classes, a batch a forward
     assert [step["forwards"] for step in steps] == [first + forwards * number for number in (1, 2, 3)]
     assert all(step["trend_t"] is None and step["num_left_out"] == 0 for step in steps)
     assert "A stays as drawn" in said
@@ -192,7 +193,7 @@ def test_a_diverging_run_is_not_silent(data: Path, tmp_path: Path) -> None:
     more = [
         "adapter.rank=1",
         "adapter.init=kaiming",
-        "max_steps=60",
+        "max_steps=30",
         "learning_rate=0.3",
         "adapter.targets=all-linear",
         "train_as=lm",
@@ -203,6 +204,20 @@ def test_a_diverging_run_is_not_silent(data: Path, tmp_path: Path) -> None:
     assert "warning" not in calm
     assert "alpha/rank = 16" in said
     assert "the loss has risen" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["model.dtype=bfloat16"], True),
+        (["model.dtype=bfloat16", "zo.epsilon=1e-2"], False),
+        (["model.dtype=bfloat16", "zo.estimator=forward_gradient", "zo.num_directions=1"], False),
+        ([], False),
+    ],
+)
+def test_probes_finer_than_the_base_s_numbers_are_told(data: Path, words: list[str], expected: bool) -> None:
+    said = learning_of(f"task.path={data}", *words).tuning.told()
+    assert any("zo.epsilon=0.001 is finer than bfloat16" in line and "1e-2" in line for line in said) == expected
 
 
 def test_a_run_that_learns_nothing_says_so_and_logs_the_trend(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from lorica import card, models
 from lorica.adapters import informed, injection
 from lorica.adapters.adapter import Adapter
@@ -198,12 +200,25 @@ def told(learning: RunUnderWay, first: Adapter) -> list[str]:
         )
     elif num_batches(cfg, learning.num_steps):
         lines.append("warning: no target lies in the last block, so there is no warm start: choose one, or drop it")
-    if cfg.trainer == "zo" and cfg.zo.space == "parameter" and scale > 4:
+    return lines + (
+        _warnings_of_zeroth_order(cfg, scale, learning.ready.base.model.dtype) if cfg.trainer == "zo" else []
+    )
+
+
+def _warnings_of_zeroth_order(cfg: TrainConfig, scale: float, dtype: torch.dtype) -> list[str]:
+    """What makes probes say little, or steps lead away."""
+    lines, gap = list[str](), torch.finfo(dtype).eps
+    if cfg.zo.space == "parameter" and scale > 4:
         lines.append(
             f"warning: alpha/rank = {scale:g} under zo: a step in weight space grows with its square, and "
-            f"large ones diverge; alpha={rank} gives scale 1, and zo.space=update makes it play no part"
+            f"large ones diverge; alpha={cfg.adapter.rank} gives scale 1, and zo.space=update makes it play no part"
         )
-    if cfg.trainer == "zo" and cfg.adapter.dropout:
+    if cfg.zo.space == "parameter" and cfg.zo.estimator != "forward_gradient" and cfg.zo.epsilon < gap:
+        lines.append(
+            f"warning: zo.epsilon={cfg.zo.epsilon:g} is finer than {str(dtype).removeprefix('torch.')}, whose numbers "
+            f"lie {gap:.1g} of their size apart: part of every slope is rounding; use zo.epsilon=1e-2"
+        )
+    if cfg.adapter.dropout:
         lines.append(f"warning: adapter.dropout={cfg.adapter.dropout:g} is off under zo: two probes would differ by it")
     return lines
 
