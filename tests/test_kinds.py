@@ -23,18 +23,17 @@ from lorica.runs.training import linear_probe
 from lorica.training import fit
 from test_resume import Killed, dies_at
 
-BASE = (
-    *("model=demo", "batch_size=4", "task.num_train=64", "task.num_dev=20", "task.num_eval=40"),
-    *("max_steps=12", "save_steps=4", "eval_steps=6"),
-)
+SIZES = ("batch_size=4", "task.num_train=64", "task.num_dev=20", "task.num_eval=40")
+BASE = ("model=demo", *SIZES, "max_steps=8", "save_steps=3", "eval_steps=4")
+FEW = ("max_steps=2", "eval_steps=2")
 KINDS = {
-    "full by backprop": ["adapter.kind=full", "learning_rate=1e-3"],
+    "full by backprop": ["adapter.kind=full", "learning_rate=2e-3"],
     "full by zo": ["adapter.kind=full", "trainer=zo", "learning_rate=1e-4", "zo.normalize=rms", "zo.num_directions=2"],
     "full by zo in bfloat16": ["adapter.kind=full", "trainer=zo", "learning_rate=1e-4", "model.dtype=bfloat16"],
     "prefix by backprop": ["--prefix_tuning", "learning_rate=1e-2"],
     "prefix by zo": ["--prefix_tuning", "--num_prefix", "3", "--no_reparam", "--prefix_init_by_real_act", "trainer=zo"],
 }
-STEPLESS = ("model=demo", "task.num_train=64", "task.num_dev=20", "task.num_eval=40", "--linear_probing")
+STEPLESS = ("model=demo", *SIZES[1:], "--linear_probing")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +95,7 @@ def test_a_run_is_evaluated_the_same_and_resumes_bit_for_bit(
     card = (whole / "README.md").read_text()
     assert "| accuracy |" in card and "{" not in card and "LoRA" not in card
     words = [*BASE, *KINDS[kind], f"task.path={data}", f"output_dir={tmp_path / 'run'}"]
-    for kill in (3, 9):
+    for kill in (2, 7):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(fit, "_told", dies_at(kill))
             train(*words)
@@ -105,7 +104,7 @@ def test_a_run_is_evaluated_the_same_and_resumes_bit_for_bit(
     train(*words)
     assert left(tmp_path / "run") == left(whole)
     losses = [step["loss"] for step in files.read_records(whole / "training_loss.jsonl")]
-    assert len(set(losses)) == 12
+    assert len(set(losses)) == 8
 
 
 @pytest.mark.parametrize("kind", ["full by zo", "full by zo in bfloat16", "prefix by zo"])
@@ -119,7 +118,7 @@ def test_every_parameter_is_trained_but_for_none_at_rate_zero(data: Path, tmp_pa
     for trainer in ("backprop", "zo"):
         for rate, moves in (("0", False), ("1e-3", True)):
             words = ["adapter.kind=full", f"trainer={trainer}", f"learning_rate={rate}", f"task.path={data}"]
-            run, _ = train(*BASE, *words, f"output_dir={tmp_path / trainer / rate}")
+            run, _ = train("model=demo", *SIZES, *FEW, *words, f"output_dir={tmp_path / trainer / rate}")
             trained = models.load(str(run / "model"), kind="causal").model.state_dict()
             changed = [name for name in base if not torch.equal(base[name], trained[name])]
             assert changed == (list(base) if moves else []), trainer
@@ -136,7 +135,8 @@ def test_a_head_is_trained_with_the_model_and_comes_back(
 ) -> None:
     words = [f"model={tiny_models('bert')}", f"task.path={data.parent / 'intent'}", "task.kind=classification"]
     for trainer in ("backprop", "zo"):
-        run, _ = train(*BASE[1:], *words, "adapter.kind=full", f"trainer={trainer}", f"output_dir={tmp_path / trainer}")
+        rest = ["adapter.kind=full", f"trainer={trainer}", f"output_dir={tmp_path / trainer}"]
+        run, _ = train(*SIZES, *FEW, *words, *rest)
         evaluation = runs.evaluate_target(str(run), EvaluateConfig())
         assert evaluation.as_record() == json.loads((run / "eval_results_test.json").read_text())
 
@@ -286,8 +286,7 @@ def test_a_model_that_takes_no_prefix_is_refused_before_there_is_a_folder(
 
 def test_models_of_other_families_train_whole(tiny_models: Callable[..., Path], data: Path, tmp_path: Path) -> None:
     for family in ("gpt2", "roberta", "t5"):
-        words = [f"model={tiny_models(family)}", "adapter.kind=full", "trainer=zo", "max_steps=2", "eval_steps=2"]
-        rest = [word for word in BASE[1:] if not word.startswith(("max_steps", "eval_steps"))]
-        run, _ = train(*rest, *words, "task.max_length=64", f"task.path={data}", f"output_dir={tmp_path / family}")
+        words = [f"model={tiny_models(family)}", "adapter.kind=full", "trainer=zo", "task.max_length=64"]
+        run, _ = train(*SIZES, *FEW, *words, f"task.path={data}", f"output_dir={tmp_path / family}")
         evaluation = runs.evaluate_target(str(run), EvaluateConfig())
         assert evaluation.as_record() == json.loads((run / "eval_results_test.json").read_text())

@@ -55,7 +55,8 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in ("topic", "sentiment"):
         lorica(
             *("train", "model=demo", f"task.path={folder / 'data' / task}", "adapter.rank=4", "learning_rate=1e-2"),
-            *("max_steps=30", "batch_size=16", "task.num_eval=80", f"output_dir={folder / 'runs' / task}"),
+            *("max_steps=10", "batch_size=16", "task.num_dev=20", "task.num_eval=40"),
+            f"output_dir={folder / 'runs' / task}",
         )
     return folder / "runs"
 
@@ -223,7 +224,7 @@ def test_a_merge_of_classifiers_keeps_every_head_and_evaluates(runs_dir: Path, t
 
 
 def test_a_merges_folder_is_evaluated_whatever_it_was_saved_as(runs_dir: Path, tmp_path: Path) -> None:
-    words = (f"task.path={runs_dir.parent / 'data' / 'topic'}", "task.num_eval=80")
+    words = (f"task.path={runs_dir.parent / 'data' / 'topic'}", "task.num_eval=40")
     expected = {}
     for form in ("adapter", "dense", "model"):
         out = tmp_path / form

@@ -23,7 +23,7 @@ from lorica.errors import LoricaError, NonFiniteLossError
 
 SHORT = (
     *("model=demo", "max_steps=6", "batch_size=8", "logging_steps=3"),
-    *("task.num_train=80", "task.num_dev=20", "task.num_eval=60"),
+    *("task.num_train=48", "task.num_dev=8", "task.num_eval=24"),
 )
 
 
@@ -78,7 +78,7 @@ def test_a_run_leaves_its_whole_folder(data: Path, tmp_path: Path, trainer: str)
     }
     steps = files.read_records(run / "training_loss.jsonl")
     assert [step["step"] for step in steps] == list(range(1, 7))
-    assert steps[-1]["forwards"] == (6 if trainer == "backprop" else 80 // 8 + 12)  # the look at the task, then pairs
+    assert steps[-1]["forwards"] == (6 if trainer == "backprop" else 48 // 8 + 12)  # the look at the task, then pairs
     assert steps[-1]["tokens"] > 6 * 8 * 5 and steps[-1]["seconds"] > 0
     assert [line["step"] for line in files.read_records(run / "eval_loss.jsonl")] == [3, 6]
     assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"] == (
@@ -278,7 +278,7 @@ def test_plan_counts_what_training_counts(tmp_path: Path) -> None:
 
 def test_the_demo_runs_and_prints_its_report_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = language.examples
-    monkeypatch.setattr(language, "examples", lambda task, split: every(task, split)[:80])
+    monkeypatch.setattr(language, "examples", lambda task, split: every(task, split)[:24])
     printed = lorica("demo", "steps=2", "comparison_steps=2", f"output_dir={tmp_path / 'demo'}")
     assert printed.strip().splitlines()[-1] == str(tmp_path / "demo" / "report" / "index.html")
     assert "average of all four" in printed.replace("\n", " ") or "average" in printed
@@ -294,8 +294,8 @@ def test_every_family_trains_and_evaluates_the_same(
     data: Path, tmp_path: Path, tiny_models: Callable[..., Path], family: str, trainer: str
 ) -> None:
     run = tmp_path / "run"
-    words = ("max_steps=2", "batch_size=4", "task.num_train=12", "task.num_eval=12", "task.max_length=64")
-    where = (f"model={tiny_models(family)}", f"task.path={data / 'topic'}", f"output_dir={run}")
+    words = ("max_steps=2", "batch_size=4", "task.num_train=12", "task.num_dev=4", "task.num_eval=12")
+    where = ("task.max_length=64", f"model={tiny_models(family)}", f"task.path={data / 'topic'}", f"output_dir={run}")
     lorica("train", *words, *where, "adapter.rank=2", f"trainer={trainer}", "adapter.targets=all-linear")
     at_the_end = json.loads((run / "eval_results_test.json").read_text())
     lorica("evaluate", run)

@@ -196,7 +196,7 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in ("topic", "sentiment"):
         lorica(
             *("train", "model=demo", f"task.path={folder / 'data' / task}", "adapter.rank=4", "learning_rate=1e-2"),
-            *("max_steps=30", "batch_size=16", "task.num_eval=80", "task.num_dev=80"),
+            *("max_steps=30", "batch_size=16", "task.num_eval=40", "task.num_dev=40"),
             f"output_dir={folder / 'runs' / task}",
         )
     shutil.copytree(folder / "runs" / "sentiment", folder / "runs" / "idle")
@@ -221,7 +221,7 @@ def test_the_shipped_config_runs_and_leaves_a_whole_folder(runs_dir: Path, tmp_p
         *("trials.jsonl", "summary.json", "history.png", "best"),
     }
     lines = files.read_records(out / "trials.jsonl")
-    assert [each["number"] for each in lines] == [0, 1, 2, 3] and lines[0]["tasks"]["topic"]["n"] == 80
+    assert [each["number"] for each in lines] == [0, 1, 2, 3] and lines[0]["tasks"]["topic"]["n"] == 40
     best = max(lines, key=lambda each: (each["minimum"][0], each["mean"][0]))
     assert summary["best"]["params"] == best["params"] and len(summary["ranking"]) == 4
     topic, sentiment = (peft_format.read(runs_dir / task / "adapter") for task in ("topic", "sentiment"))

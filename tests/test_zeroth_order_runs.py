@@ -193,7 +193,8 @@ def test_a_diverging_run_is_not_silent(data: Path, tmp_path: Path) -> None:
     more = [
         "adapter.rank=1",
         "adapter.init=kaiming",
-        "max_steps=30",
+        "max_steps=60",
+        "task.num_train=64",
         "learning_rate=0.3",
         "adapter.targets=all-linear",
         "train_as=lm",
