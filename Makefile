@@ -28,7 +28,7 @@ demo: install  ## train, merge and compare on the embedded model and tasks, writ
 	$(BIN)/lorica demo
 
 test: install  ## every test that needs neither a network nor a GPU
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not shared"
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not gpu and not shared"
 
 test-slow: install  ## the tests that `make test` leaves out for the time they take; ray's need `pip install ray`
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu and not shared"
