@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -125,17 +126,25 @@ def _zo_defaults(record: Record) -> str:
             f"{row['target']:.4f}",
             *(_needed(row["needed"][arm], record["forwards"]) for arm in ("lorica", "xgblora", "probes", "backprop")),
             *(f"{row['curves'][arm][-1]['loss']:.4f}" for arm in ("lorica", "xgblora", "probes", "backprop")),
+            _paired(row["ends"]["xgblora"], row["ends"]["lorica"]),
         )
         for row in record["rows"]
     ]
-    arms = ("LoRA", "XGBLoRA", "LoRA by probes alone", "backprop")
+    arms = ("LoRA", "XGBLoRA", "LoRA by probes alone (one seed)", "backprop")
     head = (
         "",
         f"MeZO after {record['forwards']:,} forwards",
         *(f"{arm} needs" for arm in arms),
         *(f"{arm} ends" for arm in arms),
+        "XGBLoRA less LoRA, by seed",
     )
     return _markdown(head, rows)
+
+
+def _paired(left: Sequence[float], right: Sequence[float]) -> str:
+    """The differences of two arms' losses, and their mean."""
+    apart = [one - other for one, other in zip(left, right, strict=True)]
+    return f"{statistics.mean(apart):+.4f} ({', '.join(f'{each:+.4f}' for each in apart)})"
 
 
 def _needed(forwards: float | None, of: int) -> str:

@@ -8,12 +8,14 @@
 - `lorica`: what `trainer=zo` does unless told otherwise, with one rate for all; a third of the forwards, those of its
   first look at the examples and of its warm start among them, where a batch counts as two and a quarter.
 - `xgblora`: the same with boosting.
-- `probes`: `lorica` without the warm start, by forward passes alone.
+- `probes`: `lorica` without the warm start, by forward passes alone; the first seed only.
 - `backprop`: LoRA r=8 by backprop, a forward and a backward counted as three forwards.
 
 The encoder has a head, the causal model is prompted. `needed` is after how many forwards an arm's dev loss, in the mean
 over the seeds, is first at or below the one that MeZO's ends with. Every finished run is a line of
-results/zo_defaults_runs.jsonl, and is not run again; results/zo_defaults.json is written when none is missing.
+results/zo_defaults_runs.jsonl, and is not run again; results/zo_defaults.json is written when none is missing, and
+`python benchmarks/draw_curves.py` draws it. Seconds are a run's CPU seconds, laid out along its passes: runs share a
+machine, and may have to wait for each other.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def main() -> None:
         for arm in arguments.arms
         if arm != "mezo"
         for cell in cells
-        for seed in arguments.seeds
+        for seed in _seeds(arm, arguments)
     ]
     _do(rest, arguments.workers)
     record = {
@@ -187,11 +189,11 @@ def _best(model: str, task: str, seed: int) -> dict[str, float]:
 def _row(model: str, task: str, best: dict[str, float], arguments: argparse.Namespace) -> dict[str, Any]:
     """Each arm's mean curve in a cell, and after how many forwards it reaches what MeZO's ends with."""
     wanted = {
-        arm: [_run(arm, model, task, seed, best if arm == "mezo" else {}) for seed in arguments.seeds]
+        arm: [_run(arm, model, task, seed, best if arm == "mezo" else {}) for seed in _seeds(arm, arguments)]
         for arm in arguments.arms
     }
     lines = {arm: [line for line in _lines() if line["run"] in runs] for arm, runs in wanted.items()}
-    curves = {arm: _mean_curve([line["curve"] for line in found]) for arm, found in lines.items()}
+    curves = {arm: _mean_curve(found) for arm, found in lines.items()}
     target = curves["mezo"][-1]["loss"] if "mezo" in curves else None
     return {
         "model": model,
@@ -203,16 +205,33 @@ def _row(model: str, task: str, best: dict[str, float], arguments: argparse.Name
             for arm, curve in curves.items()
         },
         "curves": curves,
+        "ends": {
+            arm: [line["curve"][-1]["loss"] for line in sorted(found, key=lambda line: line["run"]["seed"])]
+            for arm, found in lines.items()
+        },
         "accuracy": {arm: [line["accuracy"] for line in found] for arm, found in lines.items()},
     }
 
 
-def _mean_curve(curves: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
+def _mean_curve(lines: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     """The mean over the seeds, look by look."""
     names = ("forwards", "seconds", "loss")
     return [
-        {name: statistics.mean(look[name] for look in looks) for name in names} for looks in zip(*curves, strict=True)
+        {name: statistics.mean(look[name] for look in looks) for name in names}
+        for looks in zip(*map(_timed, lines), strict=True)
     ]
+
+
+def _timed(line: dict[str, Any]) -> list[dict[str, float]]:
+    """A run's looks by its CPU seconds."""
+    all_forwards = line["curve"][-1]["forwards"]
+    return [look | {"seconds": line["cpu_seconds"] * look["forwards"] / all_forwards} for look in line["curve"]]
+
+
+def _seeds(arm: str, arguments: argparse.Namespace) -> list[int]:
+    """Those that an arm is run with."""
+    seeds: list[int] = arguments.seeds
+    return seeds[:1] if arm == "probes" else seeds
 
 
 def _lines() -> list[dict[str, Any]]:
