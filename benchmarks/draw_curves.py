@@ -35,7 +35,7 @@ def main() -> None:
     for column, row in enumerate(rows):
         for line, name in enumerate(AXES):
             _draw(grid[line][column], row, name)
-    grid[0][0].legend(fontsize="small")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     path = ROOT / "docs" / "figures" / "zo_defaults.svg"
     path.parent.mkdir(exist_ok=True)
     with files.replacing(path) as file:
