@@ -130,7 +130,7 @@ def _zo_defaults(record: Record) -> str:
         )
         for row in record["rows"]
     ]
-    arms = ("LoRA", "XGBLoRA", "LoRA by probes alone (one seed)", "backprop")
+    arms = ("LoRA", "XGBLoRA", "LoRA by probes alone", "backprop")
     head = (
         "",
         f"MeZO after {record['forwards']:,} forwards",

@@ -8,7 +8,7 @@
 - `lorica`: what `trainer=zo` does unless told otherwise, with one rate for all; a third of the forwards, those of its
   first look at the examples and of its warm start among them, where a batch counts as two and a quarter.
 - `xgblora`: the same with boosting.
-- `probes`: `lorica` without the warm start, by forward passes alone; the first seed only.
+- `probes`: `lorica` without the warm start, by forward passes alone.
 - `backprop`: LoRA r=8 by backprop, a forward and a backward counted as three forwards.
 
 The encoder has a head, the causal model is prompted. `needed` is after how many forwards an arm's dev loss, in the mean
@@ -88,7 +88,7 @@ def main() -> None:
         for arm in arguments.arms
         if arm != "mezo"
         for cell in cells
-        for seed in _seeds(arm, arguments)
+        for seed in arguments.seeds
     ]
     _do(rest, arguments.workers)
     record = {
@@ -189,7 +189,7 @@ def _best(model: str, task: str, seed: int) -> dict[str, float]:
 def _row(model: str, task: str, best: dict[str, float], arguments: argparse.Namespace) -> dict[str, Any]:
     """Each arm's mean curve in a cell, and after how many forwards it reaches what MeZO's ends with."""
     wanted = {
-        arm: [_run(arm, model, task, seed, best if arm == "mezo" else {}) for seed in _seeds(arm, arguments)]
+        arm: [_run(arm, model, task, seed, best if arm == "mezo" else {}) for seed in arguments.seeds]
         for arm in arguments.arms
     }
     lines = {arm: [line for line in _lines() if line["run"] in runs] for arm, runs in wanted.items()}
@@ -226,12 +226,6 @@ def _timed(line: dict[str, Any]) -> list[dict[str, float]]:
     """A run's looks by its CPU seconds."""
     all_forwards = line["curve"][-1]["forwards"]
     return [look | {"seconds": line["cpu_seconds"] * look["forwards"] / all_forwards} for look in line["curve"]]
-
-
-def _seeds(arm: str, arguments: argparse.Namespace) -> list[int]:
-    """Those that an arm is run with."""
-    seeds: list[int] = arguments.seeds
-    return seeds[:1] if arm == "probes" else seeds
 
 
 def _lines() -> list[dict[str, Any]]:
