@@ -1,6 +1,8 @@
 """The curves of results/zo_defaults.json as docs/figures/zo_defaults.svg: dev loss by forward passes and by seconds.
 
-python benchmarks/draw_curves.py
+    python benchmarks/draw_curves.py
+
+A curve is an arm's mean over the seeds; the dotted line is where MeZO's ends.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def main() -> None:
 
 
 def _draw(axes: Axes, row: dict[str, Any], name: str) -> None:
-    """A cell's mean curves along one axis, and what MeZO's ends with."""
+    """A cell's curves along one axis."""
     for arm, curve in row["curves"].items():
         label, colour = ARMS[arm]
         axes.plot([look[name] for look in curve], [look["loss"] for look in curve], color=colour, label=label)

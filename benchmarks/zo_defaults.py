@@ -24,7 +24,6 @@ import argparse
 import bisect
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import statistics
@@ -39,8 +38,8 @@ from rich.console import Console
 
 from lorica import config, files, results, runs
 from lorica.config import TrainConfig
-from lorica.runs.studying.plan import forwards_of
-from lorica.runs.training import first_look
+from lorica.runs.studying.plan import Before, forwards_of, looked_at
+from lorica.runs.training.first_look import NUM_EXAMPLES
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LORICA_SHARED", "shared")).resolve()
@@ -69,9 +68,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "backprop": {"trainer": "backprop"},
 }
 SHARES = {"mezo": 1.0, "lorica": 1 / 3, "xgblora": 1 / 3, "probes": 1 / 3, "backprop": 0.1}
-FIRST_LOOK = dict.fromkeys(
-    ("lorica", "xgblora", "probes"), math.ceil(first_look.NUM_EXAMPLES / 16)
-)  # forwards before the steps
 Run = dict[str, Any]
 
 
@@ -143,7 +139,7 @@ def _measured(run: Run) -> dict[str, Any]:
 
 def _config(run: Run, folder: str) -> TrainConfig:
     name, kind = MODELS[run["model"]]
-    words = {**ARMS[run["arm"]], **run["point"]}
+    words = {"batch_size": 16, **ARMS[run["arm"]], **run["point"]}
     steps = _num_steps(run["arm"], words)
     words |= {
         "model": SHARED / "models" / name,
@@ -151,7 +147,6 @@ def _config(run: Run, folder: str) -> TrainConfig:
         "task.path": SHARED / "data" / run["task"],
         "task.kind": kind,
         "task.num_dev": 500,
-        "batch_size": 16,
         "max_steps": steps,
         "eval_steps": max(1, steps // NUM_LOOKS),
         "eval_split": "dev",
@@ -164,13 +159,15 @@ def _config(run: Run, folder: str) -> TrainConfig:
 
 def _num_steps(arm: str, words: dict[str, Any]) -> int:
     """As many as the arm's share of the forwards allows, with all that it counts beside its steps."""
-    allowed = FORWARDS * SHARES[arm] - FIRST_LOOK.get(arm, 0)
+    allowed = FORWARDS * SHARES[arm]
     if arm == "backprop":
         return int(allowed / 3)
 
     def passes(num_steps: int) -> int:
-        cfg = config.read(TrainConfig, [f"{key}={value}" for key, value in (words | {"max_steps": num_steps}).items()])
-        return forwards_of(cfg.resolved(), num_steps)
+        given = [f"{key}={value}" for key, value in (words | {"max_steps": num_steps}).items()]
+        cfg = config.read(TrainConfig, given).resolved()
+        before = Before(NUM_EXAMPLES, looked_at(cfg, NUM_EXAMPLES))  # of more rows a first look takes no more
+        return forwards_of(cfg, num_steps, before)
 
     return bisect.bisect_right(range(1, FORWARDS), allowed, key=passes)
 

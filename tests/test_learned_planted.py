@@ -179,7 +179,7 @@ def fitted_and_measured(params: Mapping[str, Any]) -> tuple[float, dict[str, int
     problem = wide_problem(collate)
     with live:
         learned("supermerge", {**options, "steps": 3, "eval_steps": 2}, problem)
-    found = learned("supermerge", {**options, "steps": 20, "eval_steps": 10}, wide_problem(planted.COLLATE))
+    found = learned("supermerge", {**options, "steps": 40, "eval_steps": 20}, wide_problem(planted.COLLATE))
     return found.history[-1]["validation"], {"mounted": max(mounted), "at all": live.most}
 
 
